@@ -1,0 +1,1 @@
+"""The words: imports nothing of ours."""

@@ -1,0 +1,91 @@
+"""Trees of arrays by leaf name: names, regex tables, and a little arithmetic.
+
+A leaf's name is its path joined by '/', for example `layer_7/attn/q`. Tables
+are sequences of (regex, value); the first full match wins, and what a table
+leaves unmatched is an error.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.core.types import UserError
+
+T = TypeVar('T')
+
+
+def name(path) -> str:
+  """'a/b/c' of a jax key path."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def named(tree: Any) -> dict[str, Any]:
+  """Leaves by name, in tree order."""
+  return {
+    name(path): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """The nested dict whose `named` is `leaves`."""
+  root: dict[str, Any] = {}
+  for path, leaf in leaves.items():
+    *parents, last = path.split('/')
+    node = root
+    for part in parents:
+      node = node.setdefault(part, {})
+    node[last] = leaf
+  return root
+
+
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+  """tree.map with the leaf's name as first argument."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: fn(name(path), *leaves), tree, *rest
+  )
+
+
+def lookup(table: Sequence[tuple[str, T]], leaf: str, what: str) -> T:
+  """First value whose regex matches the whole name. `what` names the table."""
+  for pattern, value in table:
+    if re.fullmatch(pattern, leaf):
+      return value
+  raise UserError(f'{what}: no rule matches the leaf {leaf!r}')
+
+
+def lerp(old: Any, new: Any, rate: Any) -> Any:
+  """(1 - rate) * old + rate * new in float32, in the dtype of `old`.
+
+  Exact at both ends: rate 0 gives `old` and 1 gives `new` bit for bit.
+  """
+
+  def leaf(a, b):
+    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+    return ((1 - rate) * a32 + rate * b32).astype(a.dtype)
+
+  return jax.tree.map(leaf, old, new)
+
+
+def norm(tree: Any) -> jax.Array:
+  """Global L2 norm, in float32."""
+  squares = [
+    jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
+  ]
+  return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+  """Floating leaves in `dtype`; others as they are."""
+  return jax.tree.map(
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+    tree,
+  )
+
+
+def size(tree: Any) -> int:
+  """Number of elements."""
+  return sum(x.size for x in jax.tree.leaves(tree))

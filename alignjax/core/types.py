@@ -1,0 +1,215 @@
+"""The vocabulary of alignjax: containers and records of pure functions.
+
+Nothing here computes. A training method is a `Recipe`: an objective, the roles
+it needs, who follows whom, and the stages that fill a batch. The loop
+(`alignjax.train`) knows these words and no method.
+
+Batch fields. Every field leads with B (rows: prompts or sequences); N is the
+axis of responses to one prompt, R response tokens, P prompt tokens, K reward
+objectives or condition weights, T positions. `seq_*` means summed over tokens.
+
+  id          int32 [B]        row of the source; `Source.records` has the rest
+  prompt      int32 [B, P]     left-padded to one width
+  uncond      int32 [B, P]     prompt of the unconditional branch (guidance)
+  response    int32 [B, N, R]  sampled tokens; the stop token belongs to it
+  mask        bool  [B, N, R]  True on response tokens, stop token included
+  sample_logp f32   [B, N, R]  log-probability under the sampling distribution
+  ref_logp    f32   [B, N, R]  log-probability under the reference or anchor
+  value       f32   [B, N, R]  value estimate
+  advantage   f32   [B, N, R]  what multiplies grad log pi
+  rewards     f32   [B, N, K]  every objective
+  reward      f32   [B, N]     the one number an objective optimises
+  weight      f32   [B, N]     weight of a response in the loss
+  condition   f32   [B, K]     mixing weights of a conditioned policy
+  tokens      int32 [B, T]     a plain sequence
+  loss_mask   bool  [B, T]     True where the token is to be predicted
+  segment     int32 [B, T]     packed document index, 0 = padding
+  position    int32 [B, T]     position inside its document
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Params = Any  # nested dict of arrays: one model
+Bundle = Mapping[str, Params]  # role -> Params
+Batch = dict[str, Array]
+Key = Array
+Weights = Any  # what Policy.view returns; opaque to everything else
+Features = Any
+Cache = Any
+
+BATCH_FIELDS = frozenset(
+  'id prompt uncond response mask sample_logp ref_logp value advantage rewards'
+  ' reward weight condition tokens loss_mask segment position'.split()
+)
+
+
+def _struct(cls):
+  cls = dataclasses.dataclass(frozen=True)(cls)
+  return jax.tree_util.register_dataclass(cls)
+
+
+@_struct
+class Mean:
+  """A mean kept as total and weight, so that parts add up exactly.
+
+  `a + b` is the mean over both parts (microbatches, minibatches, hosts).
+  """
+
+  total: Array
+  weight: Array
+
+  def __add__(self, other: 'Mean') -> 'Mean':
+    return Mean(self.total + other.total, self.weight + other.weight)
+
+  @property
+  def value(self) -> Array:
+    """total / weight; 0 where nothing was counted."""
+    empty = self.weight == 0
+    return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1, self.weight))
+
+
+@_struct
+class Peak:
+  """The largest value seen, for metrics whose worst case is the point."""
+
+  total: Array
+
+  def __add__(self, other: 'Peak') -> 'Peak':
+    return Peak(jnp.maximum(self.total, other.total))
+
+  @property
+  def value(self) -> Array:
+    return self.total
+
+
+Metrics = dict[str, Mean | Peak]
+# term -> (coefficient, Mean). Terms with different denominators never mix.
+Loss = dict[str, tuple[float, Mean]]
+
+
+class Policy(NamedTuple):
+  """A next-token distribution, as pure functions of weights.
+
+  Feature i of a response (or of `tokens[:, 1:]`) predicts exactly that token:
+  the shift by one lives in the policy and nowhere else.
+
+  Attributes:
+    view: (Bundle, Batch) -> Weights. Work done once per call: cast, mix, fold.
+    features: (Weights, Batch) -> (features, aux loss). Features are
+      [B, N, R, *] for a batch with responses, [B, T-1, *] for plain tokens.
+    head: (Weights, features [..., *]) -> float32 logits [..., V].
+    start: (Weights, Batch, length) -> (logits [B, V], Cache). Prefill of
+      `prompt` into a cache for `length` positions in all.
+    step: (Weights, Cache, int32 [B]) -> (logits [B, V], Cache).
+    take: (Cache, int32 [B']) -> Cache. Gathers rows.
+  """
+
+  view: Callable[[Bundle, Batch], Weights]
+  features: Callable[[Weights, Batch], tuple[Features, Loss]]
+  head: Callable[[Weights, Features], Array]
+  start: Callable[[Weights, Batch, int], tuple[Array, Cache]]
+  step: Callable[[Weights, Cache, Array], tuple[Array, Cache]]
+  take: Callable[[Cache, Array], Cache]
+
+
+class Model(NamedTuple):
+  """What a recipe gets for the word `model` in a config.
+
+  Attributes:
+    init: key -> Params.
+    policy: role -> Policy over legal tokens only (PAD and rows beyond the
+      tokenizer cannot be sampled and carry no probability).
+    stop: ids that end a response.
+    pad: id written after the end of a response.
+  """
+
+  init: Callable[[Key], Params]
+  policy: Callable[[str], Policy]
+  stop: tuple[int, ...]
+  pad: int
+
+
+Objective = Callable[[Bundle, Batch, Key], tuple[Loss, Metrics]]
+Stage = Callable[[Bundle, Batch, Key], Batch]
+Reward = Callable[[Bundle, Batch, Key], Array]  # -> [B, N, K]
+Judge = Callable[[Bundle, Batch, Array, Key], Array]  # pairs [P, 2] -> [B, P]
+
+
+class Source(Protocol):
+  """Batches as a function of (seed, k)."""
+
+  def batch(self, k: int) -> dict[str, Any]:
+    """Batch k, the same for every process layout."""
+    ...
+
+  def batches(self, start: int) -> Iterator[dict[str, Any]]:
+    """Batches start, start + 1, ...; may be prefetched."""
+    ...
+
+  def records(self, ids: Any) -> list[dict[str, Any]]:
+    """Host facts of rows: the text, a reference answer."""
+    ...
+
+  def state(self) -> dict[str, Any]:
+    """What else, beside k, the next batch depends on. JSON."""
+    ...
+
+  def restore(self, state: dict[str, Any]) -> None: ...
+
+  def tell(self, batch: Batch) -> None:
+    """Feedback from a finished step; most sources ignore it."""
+    ...
+
+
+class Follow(NamedTuple):
+  """A frozen role that moves after every step: `me = fn(step, leader, me)`."""
+
+  leader: str
+  fn: Callable[[Array, Params, Params], Params]
+
+
+class Recipe(NamedTuple):
+  """A training method.
+
+  Attributes:
+    objective: what the step differentiates, with respect to trained roles.
+    init: every role's initialiser. Where weights come from is config.
+    follow: frozen roles and how they move; None = fixed. Others are trained.
+    stages: between steps; may decode, call the host, look across prompts.
+    prepare: inside the jitted microbatch; per row only.
+    updates: optimizer updates per staged batch, over seeded minibatches.
+  """
+
+  objective: Objective
+  init: Mapping[str, Callable[[Key], Params]]
+  follow: Mapping[str, Follow | None] = {}
+  stages: Sequence[Stage] = ()
+  prepare: Sequence[Stage] = ()
+  updates: int = 1
+
+
+@_struct
+class TrainState:
+  """Everything a step reads and writes; what a checkpoint holds.
+
+  `skipped` counts the non-finite updates in a row.
+  """
+
+  step: Array
+  params: Bundle
+  frozen: Bundle
+  opt_state: Any
+  skipped: Array
+
+  def replace(self, **changes) -> 'TrainState':
+    return dataclasses.replace(self, **changes)
+
+
+class UserError(Exception):
+  """Bad input, told in one sentence. The CLI prints it and exits with 2."""

@@ -1,0 +1,59 @@
+"""Package metadata: the one home of names, versions and dependencies."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = [
+  'basedpyright',
+  'beartype',
+  'hypothesis',
+  'pytest',
+  'pytest-xdist',
+  'ruff',
+  'scipy',
+]
+
+setup(
+  name='alignjax',
+  version='0.1.0',
+  description=(
+    'Alignment methods for Gemma-class models in JAX, one short file each, '
+    'on one training loop, with weight-space merging.'
+  ),
+  long_description=Path(__file__).with_name('README.md').read_text('utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11,<3.14',
+  packages=find_packages(include=['alignjax', 'alignjax.*']),
+  package_data={'alignjax.report': ['*.css', '*.js', '*.html']},
+  install_requires=[
+    'absl-py',
+    'chex',
+    'etils[epath]',
+    'flax>=0.12',
+    'grain',
+    'importlib_resources',
+    'jax>=0.10',
+    'jaxtyping',
+    'matplotlib',
+    'ml-collections',
+    'numpy',
+    'optax',
+    'orbax-checkpoint',
+    'rich',
+    'safetensors',
+    'sentencepiece',
+    'tensorflow-datasets',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]'],
+    'gcs': ['gcsfs'],
+    'hf': ['datasets'],
+    'plan': ['libtpu'],
+    'tensorboard': ['tensorboard'],
+    'wandb': ['wandb'],
+    'test': TEST,
+  },
+  entry_points={'console_scripts': ['alignjax = alignjax.cli.__main__:main']},
+)
