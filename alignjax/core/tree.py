@@ -89,3 +89,60 @@ def cast(tree: Any, dtype: Any) -> Any:
 def size(tree: Any) -> int:
   """Number of elements."""
   return sum(x.size for x in jax.tree.leaves(tree))
+
+
+# Two layouts of one decoder. Canonical, which everything outside training
+# speaks: `layer_7/attn/q`, one leaf per linear map per layer. Stacked, which
+# scans: `groups/1/attn/q` holds layers 1, 1 + p, 1 + 2p, ... of a pattern of
+# p layers along its first axis; a remainder keeps its canonical names.
+
+
+def stack(tree: Mapping[str, Any], pattern: int) -> dict[str, Any]:
+  """Canonical -> stacked. Fewer layers than `pattern` stay unstacked."""
+  layers = sum(key.startswith('layer_') for key in tree)
+  repeats = layers // pattern
+  out = {k: v for k, v in tree.items() if not k.startswith('layer_')}
+  if repeats:
+    out['groups'] = {
+      str(p): jax.tree.map(
+        lambda *leaves: jnp.stack(leaves),
+        *[tree[f'layer_{g * pattern + p}'] for g in range(repeats)],
+      )
+      for p in range(pattern)
+    }
+  for i in range(repeats * pattern, layers):
+    out[f'layer_{i}'] = tree[f'layer_{i}']
+  return out
+
+
+def unstack(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Stacked -> canonical; a tree without groups comes back as it is."""
+  out = {k: v for k, v in tree.items() if k != 'groups'}
+  groups = tree.get('groups', {})
+  for p, group in groups.items():
+    for g in range(jax.tree.leaves(group)[0].shape[0]):
+      layer = g * len(groups) + int(p)
+      out[f'layer_{layer}'] = jax.tree.map(lambda x, g=g: x[g], group)
+  return out
+
+
+def canonical_names(tree: Any) -> dict[str, tuple[str, ...]]:
+  """For each leaf of a bundle or model, the canonical leaves it holds."""
+  leaves = named(tree)
+  pattern: dict[str, int] = {}
+  for leaf in leaves:
+    if match := re.match(r'(.*/|)groups/(\d+)/', leaf):
+      prefix = match[1]
+      pattern[prefix] = max(pattern.get(prefix, 0), int(match[2]) + 1)
+  out = {}
+  for leaf, array in leaves.items():
+    match = re.fullmatch(r'(.*/|)groups/(\d+)/(.*)', leaf)
+    if match is None:
+      out[leaf] = (leaf,)
+      continue
+    prefix, p, rest = match[1], int(match[2]), match[3]
+    out[leaf] = tuple(
+      f'{prefix}layer_{g * pattern[prefix] + p}/{rest}'
+      for g in range(array.shape[0])
+    )
+  return out

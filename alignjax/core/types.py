@@ -17,8 +17,8 @@ objectives or condition weights, T positions. `seq_*` means summed over tokens.
   ref_logp    f32   [B, N, R]  log-probability under the reference or anchor
   value       f32   [B, N, R]  value estimate
   advantage   f32   [B, N, R]  what multiplies grad log pi
-  rewards     f32   [B, N, K]  every objective
-  reward      f32   [B, N]     the one number an objective optimises
+  rewards     f32   [B, N, K]  every score; named by the reward's `names`
+  reward      f32   [B, N]     the one number that is optimised: rewards[..., 0]
   weight      f32   [B, N]     weight of a response in the loss
   condition   f32   [B, K]     mixing weights of a conditioned policy
   tokens      int32 [B, T]     a plain sequence
@@ -64,8 +64,18 @@ class Mean:
   total: Array
   weight: Array
 
+  @classmethod
+  def of(cls, x: Array, weight: Array) -> 'Mean':
+    """Mean of `x` under `weight` (same shape; a mask or numbers)."""
+    weight = weight.astype(jnp.float32)
+    return cls(jnp.sum(x * weight), jnp.sum(weight))
+
   def __add__(self, other: 'Mean') -> 'Mean':
     return Mean(self.total + other.total, self.weight + other.weight)
+
+  def fold(self) -> 'Mean':
+    """Adds up a leading axis of parts."""
+    return Mean(jnp.sum(self.total, axis=0), jnp.sum(self.weight, axis=0))
 
   @property
   def value(self) -> Array:
@@ -78,10 +88,14 @@ class Mean:
 class Peak:
   """The largest value seen, for metrics whose worst case is the point."""
 
-  total: Array
+  total: Array  # scalar
 
   def __add__(self, other: 'Peak') -> 'Peak':
     return Peak(jnp.maximum(self.total, other.total))
+
+  def fold(self) -> 'Peak':
+    """The largest of a leading axis of parts."""
+    return Peak(jnp.max(self.total, axis=0))
 
   @property
   def value(self) -> Array:
@@ -137,7 +151,9 @@ class Model(NamedTuple):
 
 Objective = Callable[[Bundle, Batch, Key], tuple[Loss, Metrics]]
 Stage = Callable[[Bundle, Batch, Key], Batch]
-Reward = Callable[[Bundle, Batch, Key], Array]  # -> [B, N, K]
+# -> [B, N, K]. A reward function may carry `names`, a tuple of K strings. The
+# first score is the one optimised; the others are logged.
+Reward = Callable[[Bundle, Batch, Key], Array]
 Judge = Callable[[Bundle, Batch, Array, Key], Array]  # pairs [P, 2] -> [B, P]
 
 

@@ -1,0 +1,1 @@
+"""alignjax: alignment methods for Gemma-class models, on one training loop."""

@@ -1,0 +1,1 @@
+"""Fast inner loops behind a plain jnp meaning."""

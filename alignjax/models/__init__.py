@@ -1,0 +1,1 @@
+"""The nets. The only room that imports flax.linen."""

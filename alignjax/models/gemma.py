@@ -1,0 +1,72 @@
+"""Gemma-shaped configurations and their sharding table."""
+
+from alignjax.core.types import UserError
+from alignjax.models.decoder import Config
+
+# What the generations share; sizes come on top. Gemma 2: arXiv 2408.00118.
+FAMILIES = {
+  'gemma1': dict(pattern=('global',)),
+  'gemma2': dict(
+    pattern=('local', 'global'),
+    window=4096,
+    attn_softcap=50.0,
+    final_softcap=30.0,
+    post_norm=True,
+  ),
+  'gemma3': dict(
+    pattern=('local',) * 5 + ('global',),
+    window=1024,
+    rope_base=1_000_000.0,
+    qk_norm=True,
+    post_norm=True,
+  ),
+}
+
+# Regex of a leaf (canonical, without the layer's number) -> mesh axis per
+# dimension. Stacked leaves get one unsharded axis in front.
+SHARDING = (
+  (r'embedding', ('tensor', 'fsdp')),
+  (r'.*/attn/[qkv]', ('fsdp', 'tensor', None)),
+  (r'.*/attn/o', ('tensor', None, 'fsdp')),
+  (r'.*/ffw/(gate|up)', ('fsdp', 'tensor')),
+  (r'.*/ffw/down', ('tensor', 'fsdp')),
+  (r'(.*/)?(final|pre_attn|post_attn|pre_ffw|post_ffw|q|k)_norm', (None,)),
+)
+
+
+def gemma(
+  *,
+  family: str = 'gemma2',
+  vocab_size: int = 256_000,
+  width: int = 2304,
+  hidden: int = 9216,
+  layers: int = 26,
+  heads: int = 8,
+  kv_heads: int = 4,
+  head_dim: int = 256,
+  window: int = 4096,
+  init_std: float = 0.01,
+  dtype: str = 'float32',
+  remat: str = 'none',
+) -> Config:
+  """A decoder of a Gemma generation; the defaults are Gemma 2 2B."""
+  if family not in FAMILIES:
+    raise UserError(
+      f'model.family: found {family!r}, expected one of {sorted(FAMILIES)}'
+    )
+  return Config(
+    **FAMILIES[family]
+    | dict(
+      vocab_size=vocab_size,
+      width=width,
+      hidden=hidden,
+      layers=layers,
+      heads=heads,
+      kv_heads=kv_heads,
+      head_dim=head_dim,
+      window=window,
+      init_std=init_std,
+      dtype=dtype,
+      remat=remat,
+    )
+  )

@@ -1,0 +1,47 @@
+"""A logits table per prompt: the smallest policy there is.
+
+Every response token is an independent draw from softmax(logits[prompt]), where
+the prompt's last token is the row. All closed forms of the methods are checked
+on it, through the same recipes, stages, losses and optimizer as a decoder.
+"""
+
+import jax.numpy as jnp
+
+from alignjax.core.types import Batch, Bundle, Model, Policy
+
+
+def tabular(logits) -> Model:
+  """A model whose initial parameters are the table `logits`, float [Q, V]."""
+  logits = jnp.asarray(logits, jnp.float32)
+  return Model(
+    init=lambda key: {'logits': logits}, policy=_policy, stop=(), pad=0
+  )
+
+
+def _policy(role: str) -> Policy:
+  def view(bundle: Bundle, batch: Batch):
+    return bundle[role]['logits']
+
+  def features(weights, batch: Batch):
+    row = batch['prompt'][:, -1]
+    shape = (*batch['response'].shape, weights.shape[-1])
+    return jnp.broadcast_to(weights[row][:, None, None], shape), {}
+
+  def start(weights, batch: Batch, length: int):
+    row = batch['prompt'][:, -1]
+    return weights[row], row
+
+  def step(weights, cache, tokens):
+    del tokens
+    return weights[cache], cache
+
+  return Policy(
+    view=view,
+    features=features,
+    head=lambda weights, x: x,
+    start=start,
+    step=step,
+    take=lambda cache, rows: jnp.take(cache, rows, axis=0),
+  )
+
+

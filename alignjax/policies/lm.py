@@ -1,0 +1,93 @@
+"""A decoder under a role of the bundle, as a Policy.
+
+Here, and only here, prompts meet responses: rows of [prompt | response] are
+laid out, positions skip left padding, and features are shifted so that the
+i-th one predicts the i-th response token.
+"""
+
+import jax.numpy as jnp
+
+from alignjax.core.types import Batch, Bundle, Model, Policy
+from alignjax.models import decoder
+from alignjax.policies.combine import restrict
+
+
+def model(config: decoder.Config, tokenizer) -> Model:
+  """The model of a config and its tokenizer, over legal tokens only.
+
+  `tokenizer` has size, pad, stop and illegal (`data.tokenizer`).
+  """
+  illegal = sorted(
+    set(tokenizer.illegal) | set(range(tokenizer.size, config.vocab_size))
+  )
+  return Model(
+    init=lambda key: decoder.init(config, key),
+    policy=lambda role: restrict(lm(config, role, tokenizer.pad), illegal),
+    stop=tuple(tokenizer.stop),
+    pad=tokenizer.pad,
+  )
+
+
+def lm(config: decoder.Config, role: str, pad: int = 0) -> Policy:
+  """The bare distribution of `role`: raw logits, nothing masked."""
+
+  def view(bundle: Bundle, batch: Batch):
+    return bundle[role]
+
+  def features(weights, batch: Batch):
+    if 'response' not in batch:
+      x = decoder.features(
+        config, weights, batch['tokens'], batch['position'], batch['segment']
+      )
+      return x[:, :-1], {}
+    prompt, response = batch['prompt'], batch['response']
+    rows, count, length = response.shape
+    width = prompt.shape[1]
+    wide = jnp.broadcast_to(prompt[:, None], (rows, count, width))
+    tokens = jnp.concatenate([wide, response], axis=-1)
+    position = _position(prompt, pad, width + length)
+    position = jnp.repeat(position, count, axis=0)
+    tokens = tokens.reshape(rows * count, width + length)
+    x = decoder.features(config, weights, tokens, position)
+    # Column width - 1 + i predicts response token i.
+    x = x[:, width - 1 : -1]
+    return x.reshape(rows, count, length, -1), {}
+
+  def head(weights, x):
+    return decoder.unembed(config, weights, x)
+
+  def start(weights, batch: Batch, length: int):
+    prompt = batch['prompt']
+    position = _position(prompt, pad, prompt.shape[1])
+    cache = decoder.empty_cache(config, prompt.shape[0], length)
+    x, cache = decoder.extend(config, weights, prompt, position, cache)
+    cache['next'] = position[:, -1] + 1
+    return head(weights, x[:, -1]), cache
+
+  def step(weights, cache, tokens):
+    position = cache['next']
+    inner = {'column': cache['column'], 'layers': cache['layers']}
+    x, inner = decoder.extend(
+      config, weights, tokens[:, None], position[:, None], inner
+    )
+    return head(weights, x[:, 0]), inner | {'next': position + 1}
+
+  def take(cache, rows):
+    def gather(x):
+      return jnp.take(x, rows, axis=0)
+
+    layers = [{k: gather(v) for k, v in c.items()} for c in cache['layers']]
+    return {
+      'column': cache['column'],
+      'layers': layers,
+      'next': gather(cache['next']),
+    }
+
+  return Policy(view, features, head, start, step, take)
+
+
+def _position(prompt, pad: int, length: int):
+  """Positions of `length` columns, counted from the first real token; -1 on
+  the left padding."""
+  padding = jnp.sum(prompt == pad, axis=1, keepdims=True)
+  return jnp.maximum(jnp.arange(length)[None] - padding, -1).astype(jnp.int32)

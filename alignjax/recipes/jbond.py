@@ -1,0 +1,105 @@
+"""J-BOND: distilling best-of-2 of a moving anchor (arXiv 2407.14622, sec. 5).
+
+Each step draws one response y from the policy and two from the anchor, whose
+better one is y*. The loss is a Jeffreys divergence to best-of-2 of the anchor:
+forward, imitate y*; backward, a policy gradient whose reward is -log 16 when y
+is worse than both anchor draws and 0 otherwise. The anchor follows the policy
+as a moving average after every step, so that best-of-2 compounds.
+
+Deviations from the paper: its algorithm box prints the anchor regularisation
+with the sign that would reward leaving the anchor; the stated objective needs
+the other one, which is used here. Sampling at a temperature scores policy and
+anchor at that temperature.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.core import tree
+from alignjax.core.types import Follow, Mean, Model, Recipe, Reward
+from alignjax.losses.logprob import token_scores
+from alignjax.losses.policy_gradient import reinforce
+from alignjax.policies.combine import tempered
+from alignjax.stages import arrange
+from alignjax.stages.rollout import rollout
+from alignjax.stages.score import names, reference, score, summary
+
+# For a fixed y, E[r] = -LOSS_PENALTY (1 - p)^2 meets log p at the median.
+LOSS_PENALTY = math.log(16)
+
+
+def jbond(
+  model: Model,
+  reward: Reward,
+  *,
+  jeffreys_weight: float = 0.5,
+  ema_rate: float = 0.02,
+  anchor_kl_coef: float = 0.0,
+  max_new_tokens: int = 64,
+  temperature: float = 1.0,
+  baseline: str = 'leave_one_out',
+) -> Recipe:
+  """J-BOND, algorithm 2. `jeffreys_weight` weighs the backward KL."""
+  arrange.check_baseline(baseline)
+  policy = tempered(model.policy('policy'), temperature)
+  anchor = tempered(model.policy('anchor'), temperature)
+
+  @jax.jit
+  def compare(bundle, batch, key):
+    """Responses (y, y', y'') -> (y, y*), with y's advantage."""
+    del bundle, key
+    rewards = batch['reward']
+    best = 1 + jnp.argmax(rewards[:, 1:], axis=1)
+    lost = rewards[:, 0] < jnp.min(rewards[:, 1:], axis=1)
+    columns = jnp.stack([jnp.zeros_like(best), best], axis=1)
+    batch = arrange.choose(batch, columns)
+    own = arrange.first(batch, 1)
+    log_ratio = jnp.sum(own['sample_logp'] - own['ref_logp'], axis=-1)
+    returns = -LOSS_PENALTY * lost[:, None] - log_ratio
+    advantage = arrange.advantage(returns, own, baseline=baseline)
+    zeros = jnp.zeros_like(advantage)  # y* is imitated, not reinforced
+    return batch | {
+      'advantage': jnp.concatenate([advantage, zeros], axis=1)
+    }
+
+  def objective(bundle, batch, key):
+    del key
+    logp, entropy = token_scores(policy, policy.view(bundle, batch), batch)
+    own, best = batch['weight'][:, 0], batch['weight'][:, 1]
+    seq_logp = jnp.sum(logp, axis=-1)
+    seq_ref = jnp.sum(batch['ref_logp'][:, 0], axis=-1)
+    log_ratio = jax.lax.stop_gradient(seq_logp[:, 0] - seq_ref)
+    backward = reinforce(logp[:, 0], batch['advantage'][:, 0])
+    loss = {
+      'forward': (1 - jeffreys_weight, Mean.of(-seq_logp[:, 1], best)),
+      'backward': (jeffreys_weight, Mean.of(backward, own)),
+      'anchor_kl': (anchor_kl_coef, Mean.of(seq_logp[:, 0] * log_ratio, own)),
+    }
+    metrics = summary(
+      arrange.first(batch, 1), logp[:, :1], entropy[:, :1], names=names(reward)
+    )
+    return loss, metrics | {'best_reward': Mean.of(batch['reward'][:, 1], best)}
+
+  return Recipe(
+    objective=objective,
+    init={'policy': model.init, 'anchor': model.init},
+    follow={
+      'anchor': Follow(
+        'policy', lambda step, leader, me: tree.lerp(me, leader, ema_rate)
+      )
+    },
+    stages=(
+      rollout(
+        [(policy, 1), (anchor, 2)],
+        max_new_tokens=max_new_tokens,
+        stop=model.stop,
+        pad=model.pad,
+      ),
+      score(reward),
+      reference(anchor, first=1),
+      compare,
+    ),
+  )
+

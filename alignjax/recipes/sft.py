@@ -1,0 +1,31 @@
+"""Supervised fine-tuning, and pretraining: next-token cross-entropy.
+
+The mean is over tokens of the whole batch whose `loss_mask` is set, so chat
+data with the loss on model turns and plain text are the same recipe.
+"""
+
+import jax.numpy as jnp
+
+from alignjax.core.types import Mean, Model, Recipe
+from alignjax.losses.logprob import gather_logp, over_tokens, targets
+
+
+def sft(model: Model) -> Recipe:
+  """Maximises log p(token | prefix) on sequences."""
+  policy = model.policy('policy')
+
+  def objective(bundle, batch, key):
+    del key
+    weights = policy.view(bundle, batch)
+    features, _ = policy.features(weights, batch)
+    tokens, mask = targets(batch)
+
+    def scores(logits, tokens):
+      hit = jnp.argmax(logits, axis=-1) == tokens
+      return gather_logp(logits, tokens), hit
+
+    logp, hit = over_tokens(scores, [(policy, weights, features)], tokens)
+    nll = Mean.of(-logp, mask)
+    return {'nll': (1.0, nll)}, {'nll': nll, 'accuracy': Mean.of(hit, mask)}
+
+  return Recipe(objective=objective, init={'policy': model.init})

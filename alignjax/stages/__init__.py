@@ -1,0 +1,1 @@
+"""Batch -> batch: what happens between and inside steps."""

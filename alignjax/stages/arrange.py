@@ -1,0 +1,50 @@
+"""Rearranging a batch: choosing responses, turning returns into advantages."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alignjax.core.types import Batch, UserError
+from alignjax.losses.policy_gradient import BASELINES, leave_one_out
+
+PER_RESPONSE = (
+  'response mask sample_logp ref_logp value advantage rewards reward weight'
+).split()
+
+
+def choose(batch: Batch, columns: Int[Array, 'B M']) -> Batch:
+  """The batch with responses `columns[b]` of each row b, in that order."""
+
+  def gather(x):
+    index = columns.reshape(*columns.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+  return batch | {
+    name: gather(batch[name]) for name in PER_RESPONSE if name in batch
+  }
+
+
+def first(batch: Batch, count: int) -> Batch:
+  """The batch with its `count` leading responses only."""
+  return batch | {
+    name: batch[name][:, :count] for name in PER_RESPONSE if name in batch
+  }
+
+
+def advantage(
+  returns: Float[Array, 'B N'], batch: Batch, *, baseline: str
+) -> Float[Array, 'B N R']:
+  """returns - baseline, on every token of the response.
+
+  baseline: 'leave_one_out' or 'none'. Batch rows are those of `returns`.
+  """
+  if baseline == 'leave_one_out':
+    returns = returns - leave_one_out(returns, batch['weight'])
+  return returns[..., None] * batch['mask']
+
+
+def check_baseline(baseline: str) -> None:
+  """UserError unless `baseline` names one."""
+  if baseline not in BASELINES:
+    raise UserError(
+      f'recipe.baseline: found {baseline!r}, expected one of {list(BASELINES)}'
+    )

@@ -1,0 +1,75 @@
+"""Numbers about responses: rewards, reference log-probabilities, summaries."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from alignjax.core.types import Batch, Mean, Metrics, Peak, Policy, Reward, Stage
+from alignjax.losses.logprob import token_logp
+
+
+def score(reward: Reward) -> Stage:
+  """A stage that writes rewards [B, N, K] and reward = rewards[..., 0]."""
+
+  def stage(bundle, batch, key):
+    rewards = reward(bundle, batch, key)
+    return batch | {'rewards': rewards, 'reward': rewards[..., 0]}
+
+  return stage
+
+
+def reference(policy: Policy, *, first: int | None = None) -> Stage:
+  """A stage that writes ref_logp [B, N, R] under `policy`.
+
+  With `first`, only that many leading responses are scored; others get 0.
+  """
+
+  @jax.jit
+  def stage(bundle, batch, key):
+    del key
+    part = batch | {
+      name: batch[name][:, :first] for name in ('response', 'mask')
+    }
+    logp = token_logp(policy, policy.view(bundle, batch), part)
+    rest = batch['response'].shape[1] - logp.shape[1]
+    return batch | {'ref_logp': jnp.pad(logp, ((0, 0), (0, rest), (0, 0)))}
+
+  return stage
+
+
+def summary(
+  batch: Batch,
+  logp,
+  entropy,
+  *,
+  names: Sequence[str] = (),
+) -> Metrics:
+  """What every online run logs about the policy's own responses.
+
+  `batch` holds those responses only; `logp` and `entropy` [B, N, R] are the
+  scorer's. `names` are those of the rewards. Entropy is nats per token,
+  length is tokens per response, kl nats per sequence (the sampled estimate
+  against ref_logp); `logprob_gap` is the largest disagreement between sampler
+  and scorer on any token.
+  """
+  weight, mask = batch['weight'], batch['mask']
+  gap = jnp.max(jnp.where(mask, jnp.abs(logp - batch['sample_logp']), 0.0))
+  log_ratio = jnp.sum(batch['sample_logp'] - batch['ref_logp'], axis=-1)
+  # Weights are given per response, entropy per token.
+  per_token = mask * weight[..., None]
+  out: Metrics = {
+    'reward': Mean.of(batch['reward'], weight),
+    'anchor_kl': Mean.of(log_ratio, weight),
+    'length': Mean.of(jnp.sum(mask, axis=-1), weight),
+    'entropy': Mean.of(entropy, per_token),
+    'logprob_gap': Peak(gap),
+  }
+  for i, name in enumerate(names[1:], start=1):
+    out[f'reward/{name}'] = Mean.of(batch['rewards'][..., i], weight)
+  return jax.lax.stop_gradient(out)
+
+
+def names(reward: Reward) -> tuple[str, ...]:
+  """The names of a reward's scores, () if it does not tell."""
+  return tuple(getattr(reward, 'names', ()))

@@ -1,0 +1,402 @@
+"""The only training loop. It knows recipes, and no method.
+
+One jitted step: microbatch gradients weighted exactly, optimizer, followers.
+Around it: batches, stages, metrics, checkpoints, signals. A run is resumed by
+starting it again, and continues bit for bit: everything random is a function
+of (seed, step), and checkpoints exist only between steps.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from alignjax.core import tree
+from alignjax.core.types import (
+  Batch,
+  Mean,
+  Metrics,
+  Params,
+  Peak,
+  Recipe,
+  Source,
+  TrainState,
+  UserError,
+)
+from alignjax.system import checkpoint
+from alignjax.system import mesh as meshes
+from alignjax.system import metrics as numbers
+
+
+class Schedule(NamedTuple):
+  """How long a run goes on, and how often it does what.
+
+  Attributes:
+    steps: staged batches in all.
+    seed: of parameters, prompts' order and every draw.
+    microbatches: parts a batch is split into to save memory.
+    log_every, save_every: in steps; the last step always does both.
+    keep: checkpoints kept.
+    max_bad_steps: skipped (non-finite) updates in a row that end the run.
+  """
+
+  steps: int
+  seed: int = 0
+  microbatches: int = 1
+  log_every: int = 1
+  save_every: int = 100
+  keep: int = 2
+  max_bad_steps: int = 5
+
+
+def init_state(
+  recipe: Recipe,
+  tx: optax.GradientTransformation,
+  seed: int,
+  *,
+  start: Mapping[str, Params | str] | None = None,
+  mesh: Mesh | None = None,
+  table: meshes.Table = meshes.REPLICATED,
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    recipe: its `init` gives every role that `start` does not.
+    tx: the optimizer.
+    seed: parameters are drawn from it, per role.
+    start: role -> parameters, or '@role' for a copy of another role.
+      Followers default to their leader.
+    mesh, table: where leaves live; initialisation runs sharded.
+  """
+  start = dict(start or {})
+  for role, follow in recipe.follow.items():
+    if follow is not None:
+      start.setdefault(role, f'@{follow.leader}')
+  _check_start(recipe, start)
+  given = {k: v for k, v in start.items() if not isinstance(v, str)}
+
+  def build(given):
+    key = jax.random.key(seed)
+    bundle = {}
+    for i, (role, init) in enumerate(sorted(recipe.init.items())):
+      if role in given:
+        bundle[role] = given[role]
+      elif role not in start:
+        bundle[role] = init(jax.random.fold_in(key, i))
+    for role, origin in start.items():
+      if isinstance(origin, str):
+        bundle[role] = bundle[origin[1:]]
+    params = {k: v for k, v in bundle.items() if k not in recipe.follow}
+    params = tree.cast(params, jnp.float32)  # master weights
+    frozen = {k: bundle[k] for k in recipe.follow}
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      frozen=frozen,
+      opt_state=tx.init(params),
+      skipped=jnp.zeros((), jnp.int32),
+    )
+
+  if mesh is None:
+    return jax.jit(build)(given)
+  shapes = jax.eval_shape(build, given)
+  return jax.jit(build, out_shardings=meshes.shardings(shapes, table, mesh))(
+    given
+  )
+
+
+def _check_start(recipe: Recipe, start: Mapping[str, Any]) -> None:
+  roles = sorted(recipe.init)
+  for role, origin in start.items():
+    if role not in roles:
+      raise UserError(f'start: no role {role!r}; the recipe has {roles}')
+    if isinstance(origin, str) and (
+      origin[1:] not in roles or isinstance(start.get(origin[1:]), str)
+    ):
+      raise UserError(
+        f'start.{role}: {origin!r} is no role with weights of its own; '
+        f'the recipe has {roles}'
+      )
+
+
+def make_step(
+  recipe: Recipe,
+  tx: optax.GradientTransformation,
+  *,
+  seed: int = 0,
+  microbatches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """step(state, staged batch) -> (state, metrics); pure, to be jitted.
+
+  Every term of the loss is a mean over the whole minibatch, however many
+  microbatches it is computed in: weights are summed first.
+  """
+
+  def evaluate(params, frozen, rows, key):
+    for i, stage in enumerate(recipe.prepare):
+      rows = stage(frozen, rows, jax.random.fold_in(key, i))
+    return recipe.objective({**params, **frozen}, rows, key)
+
+  def loss_of(params, frozen, rows, key, weights):
+    loss, metrics = evaluate(params, frozen, rows, key)
+    total = sum(
+      coefficient * mean.total / jnp.maximum(weights[term], 1e-30)
+      for term, (coefficient, mean) in loss.items()
+    )
+    terms = {f'loss/{term}': mean for term, (_, mean) in loss.items()}
+    return total, terms | metrics
+
+  def weights_of(params, frozen, rows, key):
+    loss, _ = evaluate(params, frozen, rows, key)
+    return {term: mean.weight for term, (_, mean) in loss.items()}
+
+  def gradients(state, rows, key):
+    # Microbatch m is rows m::M; a contiguous split would move sharded data.
+    parts = jax.tree.map(
+      lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), rows
+    )
+    first = jax.tree.map(lambda x: x[0], parts)
+
+    def weigh(total, part):
+      weights = weights_of(state.params, state.frozen, part, key)
+      return jax.tree.map(jnp.add, total, weights), None
+
+    zero = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(weights_of, state.params, state.frozen, first, key),
+    )
+    weights, _ = jax.lax.scan(weigh, zero, parts)
+    grad = jax.grad(loss_of, has_aux=True)
+
+    def accumulate(total, part):
+      grads, metrics = grad(state.params, state.frozen, part, key, weights)
+      return jax.tree.map(jnp.add, total, grads), metrics
+
+    total = jax.tree.map(jnp.zeros_like, state.params)
+    grads, metrics = jax.lax.scan(accumulate, total, parts)
+    return grads, _fold(metrics)
+
+  def update(state, minibatch):
+    rows, key = minibatch
+    grads, metrics = gradients(state, rows, key)
+    norm = tree.norm(grads)
+    ok = jnp.isfinite(norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(ok, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
+    state = state.replace(
+      params=params,
+      opt_state=opt_state,
+      skipped=jnp.where(ok, 0, state.skipped + 1),
+    )
+    return state, metrics | {
+      'grad_norm': Mean.of(jnp.where(ok, norm, 0), ok),
+      'skipped': Peak(state.skipped),
+    }
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(key, len(recipe.stages))
+    if recipe.updates == 1:
+      state, metrics = update(state, (batch, key))
+    else:
+      order = jax.random.permutation(key, batch['id'].shape[0])
+      minibatches = jax.tree.map(
+        lambda x: x[order].reshape(recipe.updates, -1, *x.shape[1:]), batch
+      )
+      keys = jax.random.split(key, recipe.updates)
+      state, metrics = jax.lax.scan(update, state, (minibatches, keys))
+      metrics = _fold(metrics)
+    state = state.replace(step=state.step + 1)
+    frozen = {
+      role: me
+      if recipe.follow[role] is None
+      else recipe.follow[role].fn(
+        state.step, state.params[recipe.follow[role].leader], me
+      )
+      for role, me in state.frozen.items()
+    }
+    return state.replace(frozen=frozen), metrics
+
+  return step
+
+
+def _fold(metrics: Metrics) -> Metrics:
+  return {name: metric.fold() for name, metric in metrics.items()}
+
+
+def stage_batch(
+  recipe: Recipe, state: TrainState, batch: Batch, seed: int
+) -> Batch:
+  """The batch after the recipe's stages, with the keys of this step."""
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  bundle = {**state.params, **state.frozen}
+  for i, stage in enumerate(recipe.stages):
+    batch = stage(bundle, batch, jax.random.fold_in(key, i))
+  return batch
+
+
+def train(
+  recipe: Recipe,
+  tx: optax.GradientTransformation,
+  source: Source,
+  state: TrainState,
+  schedule: Schedule,
+  *,
+  workdir: Path,
+  label: str = 'train',
+  mesh: Mesh | None = None,
+  fallback: bool = False,
+) -> tuple[TrainState, bool]:
+  """Runs `schedule`, continuing what `workdir` holds.
+
+  Returns:
+    (state, finished). Not finished: SIGINT or SIGTERM arrived; the state of
+    the last whole step is saved.
+
+  Raises:
+    UserError: damaged checkpoint; too many non-finite updates in a row.
+  """
+  fixed = [role for role, follow in recipe.follow.items() if follow is None]
+  checkpoints = checkpoint.manager(workdir / 'checkpoints', schedule.keep)
+  restored = checkpoint.restore(
+    checkpoints, state, fixed=fixed, fallback=fallback
+  )
+  if restored is not None:
+    state, source_state = restored
+    source.restore(source_state)
+  begin = int(state.step)
+  for name in ('metrics.jsonl', 'timing.jsonl'):
+    numbers.cut(workdir / name, begin)
+
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  step = jax.jit(
+    make_step(
+      recipe, tx, seed=schedule.seed, microbatches=schedule.microbatches
+    ),
+    out_shardings=(shardings, None),
+    donate_argnums=0,
+  )
+  place = None if mesh is None else meshes.rows(mesh)
+  batches = source.batches(begin)
+
+  with (
+    _signals() as stop,
+    numbers.progress(label, schedule.steps, begin) as advance,
+  ):
+    log = _log(workdir, schedule, begin, advance)
+    next(log)
+    for k in range(begin, schedule.steps):
+      batch = jax.device_put(next(batches), place)
+      batch = stage_batch(recipe, state, batch, schedule.seed)
+      state, metrics = step(state, batch)
+      source.tell(batch)
+      log.send((k + 1, metrics, _tokens(batch)))
+      last = k + 1 == schedule.steps or bool(stop)
+      if last or (k + 1) % schedule.save_every == 0:
+        log.send(None)
+        _save(checkpoints, state, fixed, source)
+      if stop:
+        break
+    log.close()
+  _finish(checkpoints)
+  return state, int(state.step) == schedule.steps
+
+
+def _save(checkpoints, state, fixed, source) -> None:
+  try:
+    checkpoint.save(checkpoints, state, fixed=fixed, source=source.state())
+  except Exception as error:  # of this write or an earlier asynchronous one
+    raise _not_saved(checkpoints, error) from error
+
+
+def _finish(checkpoints) -> None:
+  try:
+    checkpoints.wait_until_finished()
+  except Exception as error:  # of an asynchronous write
+    raise _not_saved(checkpoints, error) from error
+  checkpoints.close()
+
+
+def _not_saved(checkpoints, error) -> UserError:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return UserError(
+    f'could not write a checkpoint to {checkpoints.directory} ({lines[0]}); '
+    f'the ones before it are whole: {sorted(checkpoints.all_steps())}'
+  )
+
+
+def _tokens(batch: Batch) -> Any:
+  """Tokens a step handles: sampled ones, or all of a plain sequence."""
+  return batch['mask'].sum() if 'mask' in batch else batch['tokens'].size
+
+
+def _log(workdir, schedule, begin, advance):
+  """A coroutine: send (step, metrics, tokens) after each step, None to flush.
+
+  A step is looked at when the next one has been dispatched, so that the device
+  never waits for the host.
+  """
+  pending, tokens, since = None, 0, time.monotonic()
+  row: dict[str, Any] = {}
+  while True:
+    item = yield
+    if pending is not None:
+      k, metrics, count = pending
+      metrics, count = jax.device_get((metrics, count))
+      tokens += int(count)
+      values = {name: float(m.value) for name, m in metrics.items()}
+      if values['skipped'] >= schedule.max_bad_steps:
+        raise UserError(
+          f'step {k}: loss or gradient was not finite for '
+          f'{int(values["skipped"])} steps in a row (max_bad_steps = '
+          f'{schedule.max_bad_steps}); the last checkpoint is unharmed'
+        )
+      if k % schedule.log_every == 0 or k == schedule.steps:
+        row = {'step': k, **values}
+        numbers.append(workdir / 'metrics.jsonl', row)
+        now = time.monotonic()
+        rate = tokens / (now - since)
+        timing = {'step': k, 'seconds': now - since, 'tokens': tokens}
+        numbers.append(
+          workdir / 'timing.jsonl', timing | {'tokens_per_s': rate}
+        )
+        advance(k, f'{_headline(row)} {rate:,.0f} tok/s')
+        tokens, since = 0, now
+    pending = item
+
+
+def _headline(row: dict[str, Any]) -> str:
+  shown = [name for name in ('reward', 'nll', 'anchor_kl') if name in row]
+  return ' '.join(f'{name} {row[name]:.3f}' for name in shown)
+
+
+@contextmanager
+def _signals():
+  """A list that fills when SIGINT or SIGTERM arrives; the step is finished."""
+  seen: list[int] = []
+
+  def note(number, frame):
+    del frame
+    if not seen:
+      print('stopping after this step', file=sys.stderr, flush=True)
+    seen.append(number)
+
+  old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield seen
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
