@@ -25,7 +25,7 @@ FAMILIES = {
 # Regex of a leaf (canonical, without the layer's number) -> mesh axis per
 # dimension. Stacked leaves get one unsharded axis in front.
 SHARDING = (
-  (r'embedding', ('tensor', 'fsdp')),
+  (r'(.*/)?embedding', ('tensor', 'fsdp')),
   (r'.*/attn/[qkv]', ('fsdp', 'tensor', None)),
   (r'.*/attn/o', ('tensor', None, 'fsdp')),
   (r'.*/ffw/(gate|up)', ('fsdp', 'tensor')),

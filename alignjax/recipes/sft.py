@@ -21,8 +21,8 @@ def sft(model: Model) -> Recipe:
     tokens, mask = targets(batch)
 
     def scores(logits, tokens):
-      hit = jnp.argmax(logits, axis=-1) == tokens
-      return gather_logp(logits, tokens), hit
+      picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+      return gather_logp(logits, tokens), picked >= jnp.max(logits, axis=-1)
 
     logp, hit = over_tokens(scores, [(policy, weights, features)], tokens)
     nll = Mean.of(-logp, mask)

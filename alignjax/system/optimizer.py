@@ -17,13 +17,13 @@ from alignjax.core import tree
 from alignjax.core.types import UserError
 
 SCHEDULES = ('constant', 'linear', 'cosine')
-NAMES = ('adam', 'sgd')
+ALGORITHMS = ('adam', 'sgd')
 
 
 def optimizer(
   steps: int,
   *,
-  name: str = 'adam',
+  algorithm: str = 'adam',
   lr: float = 1e-3,
   schedule: str = 'constant',
   warmup_steps: int = 0,
@@ -39,7 +39,7 @@ def optimizer(
 
   Args:
     steps: length of the schedule, warm-up included.
-    name: 'adam' (decoupled weight decay, so AdamW) or 'sgd' (momentum b1).
+    algorithm: 'adam' (decoupled weight decay, so AdamW) or 'sgd' (momentum b1).
     lr: peak learning rate.
     schedule: after a linear warm-up: 'constant', or 'linear' or 'cosine' down
       to `final_lr`.
@@ -48,13 +48,13 @@ def optimizer(
     table: (regex, multiplier) over canonical leaf names.
   """
   rate = _schedule(steps, schedule, lr, warmup_steps, final_lr)
-  if name == 'adam':
+  if algorithm == 'adam':
     core = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
-  elif name == 'sgd':
+  elif algorithm == 'sgd':
     core = optax.trace(b1) if b1 else optax.identity()
   else:
     raise UserError(
-      f'optimizer.name: found {name!r}, expected one of {list(NAMES)}'
+      f'optimizer.algorithm: found {algorithm!r}, expected one of {list(ALGORITHMS)}'
     )
   parts = [core, optax.scale_by_learning_rate(rate)]
   if weight_decay:

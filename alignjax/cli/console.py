@@ -1,0 +1,44 @@
+"""What every verb shares: the list of verbs, and errors in one sentence.
+
+Kept free of heavy imports, so that `alignjax --help` is instant. A traceback
+is for bugs; a UserError is one line on stderr and exit code 2.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+VERBS = {
+  'run': 'run the job graph of a config on this machine',
+  'train': 'one training run',
+  'sample': 'text from a model directory',
+  'evaluate': 'reward, KL, win rate and diversity of models',
+  'merge': 'merge the weights of models',
+  'report': 'one offline HTML file from runs and evaluations',
+  'inspect': 'what a model directory or checkpoint holds',
+  'tokenizer': 'train a SentencePiece tokenizer from text',
+}
+
+OK = 0
+BAD_INPUT = 2
+INTERRUPTED = 75  # saved; the same command continues
+KEYBOARD = 130
+
+
+def call(
+  verb: str,
+  main: Callable[[Sequence[str]], int | None],
+  argv: Sequence[str] | None = None,
+) -> int:
+  """Exit code of `main(argv)`; argv defaults to the process's arguments."""
+  try:
+    return main(sys.argv[1:] if argv is None else argv) or OK
+  except KeyboardInterrupt:
+    return KEYBOARD
+  except Exception as error:
+    from alignjax.core.types import UserError
+
+    if not isinstance(error, UserError):
+      raise
+    sys.stdout.flush()
+    print(f'{f"alignjax {verb}".strip()}: {error}', file=sys.stderr)
+    return BAD_INPUT

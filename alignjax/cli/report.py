@@ -1,0 +1,49 @@
+"""`alignjax report WORKDIR...`: one offline HTML file, and its findings.
+
+Reads metrics and evaluations that other verbs wrote. It never trains, samples
+or loads a model.
+"""
+
+from collections.abc import Sequence
+
+from alignjax.cli import console
+
+
+def main(argv: Sequence[str]) -> int:
+  """Write the report and print where it is; returns the exit code.
+
+  Raises UserError for work directories without anything to report, malformed
+  input, or --png without an evaluation to draw.
+  """
+  import argparse
+  from pathlib import Path
+
+  parser = argparse.ArgumentParser(
+    prog='alignjax report',
+    description='One offline HTML file: reward-KL front, table, curves.',
+  )
+  parser.add_argument('workdir', nargs='+', help='where runs were written')
+  parser.add_argument('--out', help='default: report.html in the first WORKDIR')
+  parser.add_argument('--png', help='also write the front as a small PNG')
+  args = parser.parse_args(argv)
+
+  from alignjax.core.types import UserError
+  from alignjax.report import front_png, report
+  from alignjax.report.read import found
+
+  if args.png:
+    evaluations = list(found(args.workdir).evaluations.values())
+    if not evaluations:
+      raise UserError(
+        f'--png draws an evaluation.json, found none in {args.workdir[0]}.'
+      )
+    front_png(evaluations[0], args.png)
+  out = Path(args.out or Path(args.workdir[0]) / 'report.html')
+  for line in report(args.workdir, out):
+    print(f'- {line}')
+  print(f'report: {out}')
+  return console.OK
+
+
+if __name__ == '__main__':
+  raise SystemExit(console.call('report', main))

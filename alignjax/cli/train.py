@@ -1,0 +1,171 @@
+"""`alignjax train`: one training run; starting it again continues it."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignjax.cli import config as configs
+from alignjax.cli import console
+from alignjax.core.types import UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='alignjax train',
+    description='One training run. The same command continues where it '
+    'stopped, bit for bit. Ctrl-C and SIGTERM finish the step, save and '
+    'exit 75.',
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    '--config',
+    required=True,
+    metavar='F',
+    help='config program or resolved JSON; --config.a.b=value sets a field',
+  )
+  parser.add_argument('--workdir', required=True, type=Path, metavar='W')
+  parser.add_argument(
+    '--fallback',
+    action='store_true',
+    help='if the newest checkpoint is damaged, go on from the one before',
+  )
+  return parser
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns 0 when the run is complete, 75 when it was interrupted."""
+  arguments, rest = _parser().parse_known_args(list(argv))
+  config, _, rest = configs.load(['--config', arguments.config, *rest])
+  if rest:
+    raise UserError(f'unknown argument {rest[0]!r}; `alignjax train --help`')
+  workdir = arguments.workdir
+  _claim(workdir, config)
+  return _train(config, workdir, arguments.fallback)
+
+
+def _claim(workdir: Path, config) -> None:
+  """The workdir holds this run or nothing."""
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f'--workdir={workdir} is a file')
+  file = workdir / 'config.json'
+  if file.exists():
+    old = configs.from_json(file.read_text('utf-8'), str(file))
+    if changes := configs.difference(old, config):
+      raise UserError(
+        f'{workdir} is the workdir of another run: {"; ".join(changes)}'
+      )
+
+
+def _train(config, workdir: Path, fallback: bool) -> int:
+  from alignjax import train
+  from alignjax.cli import parts
+  from alignjax.core import lookup, tree
+  from alignjax.models import decoder, gemma
+  from alignjax.system import mesh as meshes
+  from alignjax.system import metrics, model_dir
+
+  tokens = parts.tokenizer(config.tokenizer)
+  shape = parts.model_config(config.model, tokens)
+  model = parts.language_model(shape, tokens)
+  recipe = parts.recipe(config, model, tokens)
+  schedule = train.Schedule(
+    **{name: config[name] for name in train.Schedule._fields}
+  )
+  updates = schedule.steps * recipe.updates
+  tx = lookup.build('system', config.optimizer, updates)
+  mesh = meshes.make(dict(config.mesh))
+  meshes.check_rows(mesh, config.batch_size, schedule.microbatches)
+  source = lookup.build(
+    'data', config.source, tokens, config.batch_size, schedule.seed
+  )
+  origins, digests = parts.start(config.start, shape)
+
+  workdir.mkdir(parents=True, exist_ok=True)
+  parts.compilation_cache(workdir)
+  _check_start(workdir / 'start.json', digests)
+  metrics.write_atomic(workdir / 'config.json', configs.to_json(config))
+  metrics.write_atomic(
+    workdir / 'environment.json', json.dumps(_environment(), indent=2)
+  )
+  state = train.init_state(
+    recipe, tx, schedule.seed, start=origins, mesh=mesh, table=gemma.SHARDING
+  )
+  print(
+    f'{workdir.name}: {config.recipe.name}, '
+    f'{tree.size(state.params) / 1e6:.2f} M parameters, '
+    f'{len(source)} rows, {schedule.steps} steps',
+    file=sys.stderr,
+  )
+  state, finished = train.train(
+    recipe,
+    tx,
+    source,
+    state,
+    schedule,
+    workdir=workdir,
+    label=workdir.name,
+    mesh=mesh,
+    fallback=fallback,
+  )
+  if not finished:
+    print(
+      f'{workdir.name}: saved at step {int(state.step)} of {schedule.steps}; '
+      'the same command continues',
+      file=sys.stderr,
+    )
+    return console.INTERRUPTED
+  provenance = {
+    'method': config.recipe.name,
+    'steps': schedule.steps,
+    'seed': schedule.seed,
+  }
+  if 'policy' in digests:
+    provenance['init'] = {'checksum': digests['policy']}
+  for role in (*state.params, *state.frozen):
+    bundle = state.params if role in state.params else state.frozen
+    if recipe.follow.get(role, True) is None:
+      continue  # it never moved
+    model_dir.write(
+      workdir / ('model' if role == 'policy' else f'model_{role}'),
+      config=decoder.to_json(shape),
+      params={'policy': decoder.canonical(bundle[role])},
+      provenance=provenance | {'role': role},
+      tokenizer=config.tokenizer or None,
+      overwrite=True,
+    )
+  return console.OK
+
+
+def _check_start(file: Path, digests: dict[str, str]) -> None:
+  """Roles read from a path must still be what they were at the beginning."""
+  from alignjax.system import metrics
+
+  if file.exists():
+    old = json.loads(file.read_text('utf-8'))
+    for role, digest in digests.items():
+      if old.get(role) != digest:
+        raise UserError(
+          f'start.{role}: the weights have changed since this run began; '
+          'use a new --workdir'
+        )
+  metrics.write_atomic(file, json.dumps(digests, indent=2, sort_keys=True))
+
+
+def _environment() -> dict[str, str]:
+  from importlib import metadata
+
+  packages = ('alignjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
+  out = {'python': platform.python_version(), 'platform': platform.platform()}
+  for package in packages:
+    try:
+      out[package] = metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout
+      out[package] = 'not installed'
+  return out
+
+
+if __name__ == '__main__':
+  raise SystemExit(console.call('train', main))

@@ -1,0 +1,1 @@
+"""Job graphs and where they run. Imports core."""

@@ -1,0 +1,1 @@
+"""Prompts and examples: documents, tokenizers, formats and sources."""

@@ -1,0 +1,250 @@
+"""Sources: batch k is a function of (seed, k).
+
+Each function here reads, checks and tokenizes once, before any compute, and
+returns `Rows`. grain gives the order: a new permutation every epoch, by random
+access, so that no state but k needs saving.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from alignjax.core.types import UserError
+from alignjax.data import format as chats
+from alignjax.data import pack as packing
+from alignjax.data import text as texts
+
+PARTS = ('train', 'held_out', 'all')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """A Source over rows in memory.
+
+  Attributes:
+    fields: batch fields, arrays of the same first axis.
+    facts: what the host knows of each row.
+    batch_size, seed: of the batches.
+  """
+
+  fields: dict[str, np.ndarray]
+  facts: Sequence[dict[str, Any]]
+  batch_size: int
+  seed: int
+
+  def __len__(self) -> int:
+    return len(next(iter(self.fields.values())))
+
+  def batch(self, k: int) -> dict[str, np.ndarray]:
+    """Batch k; goes through all rows before any comes again."""
+    order = (
+      grain.MapDataset.range(len(self)).seed(self.seed).shuffle().repeat()
+    )
+    start = k * self.batch_size
+    ids = np.array([order[start + i] for i in range(self.batch_size)])
+    return self.rows(ids)
+
+  def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The given rows, in that order."""
+    fields = {name: values[ids] for name, values in self.fields.items()}
+    return fields | {'id': ids.astype(np.int32)}
+
+  def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    k = start
+    while True:
+      yield self.batch(k)
+      k += 1
+
+  def records(self, ids) -> list[dict[str, Any]]:
+    return [self.facts[int(i)] for i in np.asarray(ids)]
+
+  def state(self) -> dict[str, Any]:
+    return {}
+
+  def restore(self, state: dict[str, Any]) -> None:
+    del state
+
+  def tell(self, batch) -> None:
+    del batch
+
+
+def text(
+  tokenizer,
+  batch_size: int,
+  seed: int,
+  *,
+  path: str = '',
+  field: str = 'text',
+  pattern: str = '*.py',
+  max_bytes: int = 6_000_000,
+  length: int = 128,
+  part: str = 'train',
+  held_out: float = 0.05,
+) -> Rows:
+  """Packed rows of plain text: BOS, a piece of a document, EOS.
+
+  A piece starts at a top-level line and is at most `length` tokens.
+  """
+  pieces = _pieces(path, field, pattern, max_bytes, length, part, held_out)
+  documents = []
+  for ids in tokenizer.encode_batch([piece for _, piece in pieces]):
+    ids = [tokenizer.bos, *ids, tokenizer.eos]
+    documents.append((ids, [True] * len(ids)))
+  return _rows(packing.pack(documents, length), batch_size, seed)
+
+
+def chat(
+  tokenizer,
+  batch_size: int,
+  seed: int,
+  *,
+  path: str = '',
+  field: str = 'messages',
+  length: int = 128,
+) -> Rows:
+  """Packed conversations of a JSONL file; the loss is on model turns only.
+
+  Each row has `field`: a list of {'role': 'user'|'model', 'content': text}.
+  """
+  documents = []
+  for number, row in enumerate(_json_rows(path), start=1):
+    if field not in row:
+      raise UserError(
+        f'{path}, row {number}: no field {field!r}; found {sorted(row)}'
+      )
+    try:
+      ids, mask = chats.chat_tokens(tokenizer, row[field])
+    except UserError as error:
+      raise UserError(f'{path}, row {number}: {error}') from None
+    if len(ids) > length:
+      raise UserError(
+        f'{path}, row {number}: {len(ids)} tokens do not fit the context of '
+        f'{length} (source.length)'
+      )
+    documents.append((ids, mask))
+  return _rows(packing.pack(documents, length), batch_size, seed)
+
+
+def prompts(
+  tokenizer,
+  batch_size: int,
+  seed: int,
+  *,
+  path: str = '',
+  field: str = 'text',
+  pattern: str = '*.py',
+  max_bytes: int = 6_000_000,
+  prompt_tokens: int = 48,
+  whole: bool = False,
+  part: str = 'train',
+  held_out: float = 0.05,
+) -> Rows:
+  """Prompts, left-padded to `prompt_tokens`: BOS and text.
+
+  By default a prompt is the beginning of a piece of a document, cut at a line
+  end so that something is left to write. With `whole` the text of a row or
+  file is the prompt, and one that does not fit is an error.
+  """
+  budget = prompt_tokens - 1
+  if whole:
+    found = texts.documents(
+      path, field=field, pattern=pattern, max_bytes=max_bytes
+    )
+    heads = [(d.name, d.text, '') for d in found]
+  else:
+    pieces = _pieces(path, field, pattern, max_bytes, 128, part, held_out)
+    heads = _heads(tokenizer, pieces, budget)
+  if not heads:
+    raise UserError(
+      f'{path or "stdlib"}: no text is long enough for a prompt of up to '
+      f'{prompt_tokens} tokens'
+    )
+  encoded = tokenizer.encode_batch([head for _, head, _ in heads])
+  out = np.full((len(heads), prompt_tokens), tokenizer.pad, np.int32)
+  for i, ids in enumerate(encoded):
+    if len(ids) > budget:
+      raise UserError(
+        f'{heads[i][0]}: a prompt of {len(ids) + 1} tokens is longer than '
+        f'the context for prompts, {prompt_tokens} (source.prompt_tokens)'
+      )
+    ids = [tokenizer.bos, *ids]
+    out[i, -len(ids) :] = ids
+  facts = [
+    {'name': name, 'prompt': head, 'reference': rest}
+    for name, head, rest in heads
+  ]
+  return Rows({'prompt': out}, facts, batch_size, seed)
+
+
+def _heads(tokenizer, pieces, budget: int) -> list[tuple[str, str, str]]:
+  """(name, head, rest): heads of whole lines that fit `budget` tokens."""
+  out = []
+  # Most text has more than two characters a token; what still does not fit
+  # loses lines until it does.
+  waiting = [(name, piece, _cut(piece, 2 * budget)) for name, piece in pieces]
+  while waiting := [item for item in waiting if item[2]]:
+    encoded = tokenizer.encode_batch([head for _, _, head in waiting])
+    retry = []
+    for (name, piece, head), ids in zip(waiting, encoded):
+      if len(ids) <= budget:
+        out.append((name, head, piece[len(head) :]))
+      else:
+        retry.append((name, piece, _cut(head, len(head) - 1)))
+    waiting = retry
+  return sorted(out)
+
+
+def _cut(text: str, limit: int) -> str:
+  """The whole lines within `limit` characters, always leaving a rest."""
+  return text[: text.rfind('\n', 0, min(limit, len(text) - 1)) + 1]
+
+
+def _pieces(path, field, pattern, max_bytes, length, part, held_out):
+  """[(name, text)] of one part of the documents."""
+  if part not in PARTS:
+    raise UserError(
+      f'source.part: found {part!r}, expected one of {list(PARTS)}'
+    )
+  found = texts.documents(
+    path, field=field, pattern=pattern, max_bytes=max_bytes
+  )
+  out = []
+  for document in found:
+    for i, piece in enumerate(texts.split(document, 3 * length)):
+      # A lone document is divided by piece, many are by document, so that
+      # neighbouring pieces do not leak into the held-out part.
+      unit = document.name if len(found) > 1 else f'{document.name}#{i}'
+      if part == 'all' or texts.held_out(unit, held_out) == (
+        part == 'held_out'
+      ):
+        out.append((f'{document.name}#{i}', piece))
+  if not out:
+    raise UserError(
+      f'{path or "stdlib"}: nothing falls into the {part} part '
+      f'(source.held_out = {held_out})'
+    )
+  return out
+
+
+def _rows(fields, batch_size: int, seed: int) -> Rows:
+  facts: list[dict[str, Any]] = [{} for _ in fields['tokens']]
+  return Rows(fields, facts, batch_size, seed)
+
+
+def _json_rows(path: str) -> Iterator[dict[str, Any]]:
+  if not path or not Path(path).exists():
+    raise UserError(f'source.path: no such file: {path!r}')
+  with open(path, encoding='utf-8') as file:
+    for number, line in enumerate(file, start=1):
+      try:
+        row = json.loads(line)
+      except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}, row {number}: not JSON ({error})') from None
+      if not isinstance(row, dict):
+        raise UserError(f'{path}, row {number}: expected an object')
+      yield row

@@ -1,0 +1,191 @@
+"""Sampling checkpoints and scoring what they write, against a reference.
+
+Every model answers the same prompts with the same random keys. Means come
+with 95% intervals over prompts (a prompt's responses are not independent).
+KL is measured two ways: exactly at every visited prefix and summed over the
+response (low variance), and as the sampled log-ratio.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax.core.types import Batch, Model, Params, Reward
+from alignjax.losses.calibration import best_of_n_kl
+from alignjax.losses.divergence import kl
+from alignjax.losses.logprob import entropy, gather_logp, over_tokens
+from alignjax.policies.combine import tempered
+from alignjax.policies.sample import sample
+
+
+class Responses(NamedTuple):
+  """What one model wrote. P prompts, N responses, R tokens, K scores.
+
+  Attributes:
+    response, mask: [P, N, R].
+    rewards: [P, N, K].
+    kl: exact KL to the reference along the response, nats, [P, N].
+    kl_sampled: log-ratio of the response, nats, [P, N].
+    entropy: mean over its tokens, nats per token, [P, N].
+    length: tokens, [P, N].
+    logprob_gap: largest |sampler - scorer| on any token, scalar.
+  """
+
+  response: np.ndarray
+  mask: np.ndarray
+  rewards: np.ndarray
+  kl: np.ndarray
+  kl_sampled: np.ndarray
+  entropy: np.ndarray
+  length: np.ndarray
+  logprob_gap: np.ndarray
+
+
+def writer(
+  model: Model,
+  *,
+  count: int,
+  max_new_tokens: int,
+  temperature: float,
+) -> Callable[[Mapping[str, Params], Batch, Any], dict[str, Any]]:
+  """A jitted (bundle, batch, key) -> fields of `Responses` but the rewards.
+
+  The bundle has roles 'policy' and 'reference'.
+  """
+  policy = tempered(model.policy('policy'), temperature)
+  reference = tempered(model.policy('reference'), temperature)
+
+  @jax.jit
+  def write(bundle, batch, key):
+    weights = policy.view(bundle, batch)
+    drawn = sample(
+      policy,
+      weights,
+      batch,
+      key,
+      count=count,
+      max_new_tokens=max_new_tokens,
+      stop=model.stop,
+      pad=model.pad,
+    )
+    batch = batch | drawn
+    ref_weights = reference.view(bundle, batch)
+    parts = [
+      (policy, weights, policy.features(weights, batch)[0]),
+      (reference, ref_weights, reference.features(ref_weights, batch)[0]),
+    ]
+
+    def scores(logits, ref_logits, tokens):
+      return {
+        'logp': gather_logp(logits, tokens),
+        'ref_logp': gather_logp(ref_logits, tokens),
+        'kl': kl(logits, ref_logits),
+        'entropy': entropy(logits),
+      }
+
+    mask = drawn['mask']
+    found = over_tokens(scores, parts, drawn['response'])
+    found = {name: jnp.where(mask, x, 0.0) for name, x in found.items()}
+    length = mask.sum(-1)
+    gap = jnp.abs(found['logp'] - drawn['sample_logp'])
+    return {
+      'response': drawn['response'],
+      'mask': mask,
+      'kl': found['kl'].sum(-1),
+      'kl_sampled': (found['logp'] - found['ref_logp']).sum(-1),
+      'entropy': found['entropy'].sum(-1) / length,
+      'length': length,
+      'logprob_gap': jnp.where(mask, gap, 0.0).max(),
+    }
+
+  return write
+
+
+def responses(
+  write: Callable,
+  bundle: Mapping[str, Params],
+  batches: Sequence[Batch],
+  reward: Reward,
+  key,
+  advance: Callable[[int], None] = lambda rows: None,
+) -> Responses:
+  """Everything one model writes to all batches of prompts."""
+  parts = []
+  for batch in batches:
+    out = write(bundle, batch, key)
+    scored = batch | {name: out[name] for name in ('response', 'mask')}
+    out['rewards'] = reward(bundle, scored, key)
+    parts.append({name: np.asarray(x) for name, x in out.items()})
+    advance(len(batch['id']))
+  joined = {
+    name: np.concatenate([part[name] for part in parts])
+    for name in parts[0]
+    if name != 'logprob_gap'
+  }
+  gap = np.max([part['logprob_gap'] for part in parts])
+  return Responses(logprob_gap=gap, **joined)
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+  """Mean of [P, N] and its normal 95% interval over the P prompts."""
+  per_prompt = values.astype(np.float64).mean(axis=1)
+  mean = per_prompt.mean()
+  half = 1.96 * per_prompt.std(ddof=1) / np.sqrt(len(per_prompt))
+  return {'mean': mean, 'low': mean - half, 'high': mean + half}
+
+
+def compare(
+  found: Responses, reference: Responses, names: Sequence[str]
+) -> dict[str, Any]:
+  """The row of a model in an evaluation: metrics with their intervals.
+
+  The log-quantile of a response counts it among the reference's responses to
+  the same prompt, (1 + not above) / (1 + count); ties win by half.
+  """
+  reward, ref = found.rewards[..., 0], reference.rewards[..., 0]
+  mine, theirs = reward[:, :, None], ref[:, None, :]
+  quantile = (1 + (theirs <= mine).sum(-1)) / (1 + ref.shape[1])
+  wins = (mine > theirs) + 0.5 * (mine == theirs)
+  return {
+    'reward': interval(reward),
+    'kl': interval(found.kl),
+    'kl_sampled': interval(found.kl_sampled),
+    'length': interval(found.length),
+    'entropy': interval(found.entropy),
+    'log_quantile': interval(np.log(quantile)),
+    'win_rate': interval(wins.mean(-1)),
+    'logprob_gap': float(found.logprob_gap),
+    'indicators': {
+      name: float(found.rewards[..., i].mean())
+      for i, name in enumerate(names)
+      if i > 0
+    },
+  }
+
+
+def best_of_n(reference: Responses) -> list[dict[str, Any]]:
+  """Reward of the best of n reference responses, n = 1, 2, 4, ...
+
+  The unbiased estimate over all subsets of a prompt's responses; KL is
+  log n - (n - 1) / n.
+  """
+  ordered = np.sort(reference.rewards[..., 0].astype(np.float64), axis=1)
+  count = ordered.shape[1]
+  rows, n = [], 1
+  while n <= count:
+    # P(rank i is the maximum of n of them) = C(i, n - 1) / C(count, n).
+    chance = np.array([_choose(i, n - 1) for i in range(count)], np.float64)
+    best = (ordered * (chance / chance.sum())).sum(axis=1, keepdims=True)
+    rows.append({'n': n, 'kl': best_of_n_kl(n), 'reward': interval(best)})
+    n *= 2
+  return rows
+
+
+def _choose(n: int, k: int) -> int:
+  out = 1
+  for i in range(k):
+    out = out * (n - i) // (i + 1)
+  return max(out, 0)

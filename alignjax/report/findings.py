@@ -1,0 +1,258 @@
+"""Three sentences about a report, computed from its intervals.
+
+A difference counts only where its 95% interval leaves out zero. The interval of
+a difference, and of any weighted sum, comes from the intervals of its parts
+taken as independent (Zou and Donner's method of variance estimates recovery,
+2008), which is cautious for models scored on the same prompts. Nothing here
+tests hypotheses beyond that, and no sentence claims more than it found.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from alignjax.report.front import Point, points, sweep
+from alignjax.report.read import Found, Run, Series, interval
+
+Interval = tuple[float, float, float]
+
+
+def combined(parts: Sequence[tuple[float, Interval]]) -> Interval:
+  """Mean and 95% interval of sum(weight * part) of independent parts."""
+  mean = math.fsum(w * p[0] for w, p in parts)
+  down = up = 0.0
+  for weight, (value, low, high) in parts:
+    below, above = weight * (value - low), weight * (high - value)
+    if weight < 0:
+      below, above = -above, -below
+    down, up = down + below**2, up + above**2
+  return mean, mean - math.sqrt(down), mean + math.sqrt(up)
+
+
+def verdict(difference: Interval) -> str:
+  """'higher', 'lower' or 'no measurable difference'."""
+  if difference[1] > 0:
+    return 'higher'
+  return 'lower' if difference[2] < 0 else 'no measurable difference'
+
+
+def evaluated(evaluation: dict[str, Any]) -> list[str]:
+  """Three findings: against the init, SLERP, and the LITI front."""
+  return [_gain(evaluation), _slerp(evaluation), _liti(evaluation)]
+
+
+def trained(found: Found) -> list[str]:
+  """Three findings where there are only training curves."""
+  runs = found.runs
+  rewarded = [r for r in runs if 'reward' in r.metrics]
+  key = 'reward' if rewarded else 'loss'
+  told = [r for r in runs if key in r.metrics][:4]
+  steps = ', '.join(f'{r.name} ({r.steps} steps)' for r in runs[:6])
+  more = f' and {len(runs) - 6} more' if len(runs) > 6 else ''
+  count = 'One job' if len(runs) == 1 else f'{len(runs)} jobs'
+  lines = [f'{count} left training curves: {steps}{more}.']
+  if told:
+    changes = '; '.join(f'{r.name} {_change(r, key)}' for r in told)
+    lines.append(
+      f'Training {key}, mean of the first and the last tenth of the steps: '
+      f'{changes}.'
+    )
+  else:
+    lines.append('No job logged a reward or a loss.')
+  lines.append(
+    'No evaluation was found, so no model has been compared with its init on '
+    'held-out prompts: training curves alone do not show that it improved.'
+  )
+  return lines
+
+
+def best_run(evaluation: dict[str, Any]) -> Point | None:
+  """The aligned run of highest reward; any model but the init without runs."""
+  every = points(evaluation)
+  some = [p for p in every if p.kind == 'run']
+  some = some or [p for p in every if p.kind != 'init']
+  return max(some, key=lambda p: p.y[0], default=None)
+
+
+def best_liti(evaluation: dict[str, Any]) -> Point | None:
+  """The LITI point of highest reward, the ends of the sweep included."""
+  return max(sweep(evaluation), key=lambda p: p.y[0], default=None)
+
+
+def _gain(evaluation: dict[str, Any]) -> str:
+  init = _of_kind(evaluation, 'init')
+  best = best_run(evaluation)
+  if init is None or best is None:
+    return (
+      'The evaluation holds no init to compare with, or nothing but the init, '
+      'so it cannot say whether alignment helped.'
+    )
+  difference = combined([(1, best.y), (-1, init.y)])
+  scores = (
+    f'{best.name}, the best aligned run by reward, scores {_ci(best.y)}'
+    if best.kind == 'run'
+    else f'{best.name}, the best model by reward, scores {_ci(best.y)}'
+  )
+  scores += f' against {_ci(init.y)} for {init.name}'
+  said = {
+    'higher': f'Alignment raises the reward: {scores} ({_delta(difference)})',
+    'lower': f'Alignment lowers the reward: {scores} ({_delta(difference)})',
+  }.get(
+    verdict(difference),
+    'Alignment makes no measurable difference to the reward: '
+    f'{scores} ({_delta(difference)})',
+  )
+  said += f', at a KL of {_ci(best.x, 2)} nats per sequence'
+  for model in evaluation['models']:
+    win = interval(model, 'win_rate')
+    if model['name'] == best.name and win:
+      mean, low, high = (100 * v for v in win)
+      said += f'; it wins {mean:.0f}% [{low:.0f}%, {high:.0f}%] against the init'
+  return said + '.'
+
+
+def _slerp(evaluation: dict[str, Any]) -> str:
+  slerp = _of_kind(evaluation, 'slerp')
+  runs = [p for p in points(evaluation) if p.kind == 'run']
+  lerp = _of_kind(evaluation, 'lerp')
+  if slerp is None:
+    return 'No SLERP of the runs was evaluated, so merging is not judged here.'
+  against: list[tuple[str, Interval]] = []
+  if runs:
+    share = [(1 / len(runs), p.y) for p in runs]
+    against.append((f'the mean of its {len(runs)} runs', combined(share)))
+    best = max(runs, key=lambda p: p.y[0])
+    against.append((f'the best of them ({best.name})', best.y))
+  if lerp:
+    against.append(('LERP', lerp.y))
+  if not against:
+    return f'SLERP scores {_ci(slerp.y)}; there is nothing to compare it with.'
+  told, words = [], []
+  for name, other in against:
+    # The mean of the runs is itself a sum of parts, already combined above.
+    difference = combined([(1, slerp.y), (-1, other)])
+    words.append(verdict(difference))
+    told.append(f'{name} {_ci(other)} ({_delta(difference)}, {words[-1]})')
+  wins = words.count('higher')
+  if wins == len(words):
+    head = 'SLERP beats everything it merges or competes with'
+  elif 'lower' in words:
+    head = 'SLERP does not win: it is measurably below at least one rival'
+  elif wins:
+    head = 'SLERP wins in part'
+  else:
+    head = 'SLERP does not win measurably at this size'
+  return (
+    f'{head}: reward {_ci(slerp.y)} at KL {slerp.x[0]:.2f}, against '
+    + '; '.join(told)
+    + '.'
+  )
+
+
+def _liti(evaluation: dict[str, Any]) -> str:
+  path = sweep(evaluation)
+  best = best_liti(evaluation)
+  inner = [p for p in path if p.rate not in (0.0, 1.0)]
+  if best is None or not inner:
+    return 'No LITI sweep was evaluated, so there is no front to judge.'
+  start, end = path[0], path[-1]
+  tail = (
+    f' The best rate by reward is {best.rate:g}: {_ci(best.y)} at KL '
+    f'{best.x[0]:.2f} nats.{_runs_at_equal_kl(evaluation, path)}'
+  )
+  if start.rate != 0.0 or end.rate != 1.0 or end.x[0] <= start.x[0]:
+    return (
+      'The LITI sweep lacks an end, or its merged model is no further from the '
+      'init than the init itself, so there is no straight line to compare '
+      'with.' + tail
+    )
+  above = []
+  for p in inner:
+    share = (p.x[0] - start.x[0]) / (end.x[0] - start.x[0])
+    above.append(
+      combined([(1, p.y), (-(1 - share), start.y), (-share, end.y)])
+    )
+  words = [verdict(a) for a in above]
+  high, low = words.count('higher'), words.count('lower')
+  count = len(inner)
+  top = max(range(count), key=lambda i: above[i][0])
+  margin = f'widest at rate {inner[top].rate:g}, {_delta(above[top])}'
+  if high and not low:
+    head = (
+      'The LITI front lies above the straight line from init to merged, '
+      f'measurably at {high} of {count} inner rates ({margin}).'
+    )
+  elif low and not high:
+    head = (
+      'The LITI front lies below the straight line from init to merged, '
+      f'measurably at {low} of {count} inner rates.'
+    )
+  elif high and low:
+    head = (
+      f'The LITI front is measurably above the straight line at {high} and '
+      f'below it at {low} of {count} inner rates.'
+    )
+  else:
+    head = (
+      'No measurable difference between the LITI front and the straight line '
+      f'from init to merged at any of {count} inner rates ({margin}).'
+    )
+  return head + tail
+
+
+def _runs_at_equal_kl(evaluation, path: Sequence[Point]) -> str:
+  """LITI against each run, at the run's KL, where the sweep reaches it."""
+  runs = [p for p in points(evaluation) if p.kind == 'run']
+  if not runs:
+    return ''
+  by_kl = sorted(path, key=lambda p: p.x[0])
+  words = []
+  for run in runs:
+    for a, b in zip(by_kl, by_kl[1:]):
+      if a.x[0] <= run.x[0] <= b.x[0] and a.x[0] < b.x[0]:
+        share = (run.x[0] - a.x[0]) / (b.x[0] - a.x[0])
+        parts = [(1 - share, a.y), (share, b.y), (-1, run.y)]
+        words.append(verdict(combined(parts)))
+        break
+  if not words:
+    return (
+      ' The runs lie outside the range of KL that the sweep covers, so they '
+      'cannot be compared at equal KL.'
+    )
+  high, low = words.count('higher'), words.count('lower')
+  same = len(words) - high - low
+  told = [f'above {high}' if high else '', f'below {low}' if low else '']
+  told.append(f'not measurably different from {same}' if same else '')
+  said = ' At equal KL it is ' + ', '.join(filter(None, told))
+  outside = len(runs) - len(words)
+  said += f' of the {len(words)} runs that it reaches'
+  return said + (f' ({outside} out of reach).' if outside else '.')
+
+
+def _of_kind(evaluation: dict[str, Any], kind: str) -> Point | None:
+  same = [p for p in points(evaluation) if p.kind == kind]
+  if kind == 'init':
+    name = evaluation.get('reference')
+    same = [p for p in same if p.name == name] or same
+  return max(same, key=lambda p: p.y[0], default=None)
+
+
+def _change(run: Run, key: str) -> str:
+  first, last = _ends(run.metrics[key])
+  return f'{first:.3g} to {last:.3g}'
+
+
+def _ends(series: Series) -> tuple[float, float]:
+  values = [v for v in series.values if math.isfinite(v)] or [math.nan]
+  tenth = max(1, len(values) // 10)
+  return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+
+
+def _ci(value: Interval, digits: int = 3) -> str:
+  mean, low, high = (f'{v:.{digits}f}' for v in value)
+  return f'{mean} [{low}, {high}]'
+
+
+def _delta(value: Interval, digits: int = 3) -> str:
+  mean, low, high = (f'{v:+.{digits}f}' for v in value)
+  return f'{mean} [{low}, {high}]'.replace('-', '−')

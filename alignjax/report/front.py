@@ -1,0 +1,291 @@
+"""The reward-KL front: what every model gains, and how far it went for it.
+
+One chart of an evaluation, as SVG for the page and as a small PNG for a
+README. It draws what was measured and fits nothing; the dotted line from the
+init to the merged model is a ruler, not a result.
+"""
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from alignjax.report import ink
+from alignjax.report.labels import LEADER, place
+from alignjax.report.read import interval
+
+WIDTH, HEIGHT = 1000, 580
+BEST_OF_N = '#7b8794'
+
+
+class Point(NamedTuple):
+  """One model on the front. x and y are (mean, low, high)."""
+
+  name: str
+  kind: str
+  rate: float | None
+  x: tuple[float, float, float]
+  y: tuple[float, float, float]
+
+
+class Label(NamedTuple):
+  """A text that belongs to a point given in data coordinates."""
+
+  text: str
+  x: float
+  y: float
+  colour: str
+  size: float
+  weight: str
+
+
+def points(evaluation: dict[str, Any]) -> list[Point]:
+  """The models of an evaluation, in the order of tables and legends."""
+  out = []
+  for model in evaluation['models']:
+    kl, reward = interval(model, 'kl'), interval(model, 'reward')
+    assert kl is not None and reward is not None  # checked when read
+    kind = str(model.get('kind', 'other'))
+    out.append(Point(model['name'], kind, model.get('liti_rate'), kl, reward))
+  return sorted(out, key=lambda p: (ink.rank(p.kind), p.rate or 0.0))
+
+
+def sweep(evaluation: dict[str, Any]) -> list[Point]:
+  """The LITI path by rate, from the init (rate 0) to SLERP (rate 1).
+
+  The ends are the init and SLERP by definition, so they are added where the
+  sweep does not hold them. Empty when nothing was interpolated.
+  """
+  every = points(evaluation)
+  path = [p for p in every if p.kind == 'liti' and p.rate is not None]
+  if not path:
+    return []
+  for kind, rate in (('init', 0.0), ('slerp', 1.0)):
+    ends = [p for p in every if p.kind == kind]
+    if ends and all(p.rate != rate for p in path):
+      path.append(ends[0]._replace(rate=rate))
+  return sorted(path, key=lambda p: p.rate or 0.0)
+
+
+def front_svg(evaluation: dict[str, Any], salt: str = 'front') -> str:
+  """The front as an `<svg>` element."""
+  with ink.style(salt):
+    return ink.svg(draw(evaluation), 'Reward against KL to the init')
+
+
+def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
+  """Write the front as a PNG under 80 kB (a palette of 64 colours)."""
+  from PIL import Image  # matplotlib brings it
+
+  buffer = io.BytesIO()
+  with ink.style('png'):
+    figure = draw(evaluation)
+    FigureCanvasAgg(figure).print_figure(
+      buffer, dpi=72 * 1.5, format='png', metadata={'Software': None}
+    )
+  image = Image.open(buffer).convert('RGB').quantize(64, dither=0)
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + '.partial')
+  image.save(partial, format='PNG', optimize=True)
+  os.replace(partial, path)
+
+
+def draw(evaluation: dict[str, Any]) -> Figure:
+  """The figure; must be called and written inside `ink.style`."""
+  figure = ink.canvas(WIDTH, HEIGHT)
+  axes = figure.add_axes((0.066, 0.105, 0.918, 0.785))
+  every = points(evaluation)
+  path = sweep(evaluation)
+  reference = evaluation.get('best_of_n') or []
+  _limits(axes, every, reference)
+  _lines(axes, every, path, reference)
+  for point in every:
+    _mark(axes, point)
+  axes.set_xlabel('KL to the init, nats per sequence', labelpad=7)
+  axes.set_ylabel('mean reward', labelpad=7)
+  figure.legend(
+    loc='upper left',
+    bbox_to_anchor=(0.06, 0.995),
+    ncols=4,
+    frameon=False,
+    fontsize=10.5,
+    handletextpad=0.5,
+    columnspacing=1.8,
+    borderaxespad=0.1,
+  )
+  _label(axes, every, path, reference)
+  return figure
+
+
+def _limits(axes: Axes, every: Sequence[Point], reference: Sequence[Any]):
+  """Room for every interval, and a margin for labels."""
+  xs = [v for p in every for v in p.x] + [b['kl'] for b in reference] + [0.0]
+  ys = [v for p in every for v in p.y]
+  ys += [v for b in reference for v in interval(b, 'reward') or ()]
+  for values, limit in ((xs, axes.set_xlim), (ys, axes.set_ylim)):
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.1
+    limit(low - margin, high + margin)
+
+
+def _lines(axes, every, path, reference):
+  if reference:
+    axes.plot(
+      [b['kl'] for b in reference],
+      [b['reward']['mean'] for b in reference],
+      color=BEST_OF_N,
+      linewidth=1.4,
+      linestyle=(0, (4, 2.5)),
+      marker='o',
+      markersize=4,
+      markerfacecolor='white',
+      label='best of N from the init',
+      zorder=2.5,
+    )
+  if len(path) > 1:
+    ends = path[0], path[-1]
+    axes.plot(
+      [p.x[0] for p in ends],
+      [p.y[0] for p in ends],
+      color='#9aa4b0',
+      linewidth=1.1,
+      linestyle=(0, (1, 2.5)),
+      label='straight line, init to merged',
+      zorder=2,
+    )
+    axes.plot(
+      [p.x[0] for p in path],
+      [p.y[0] for p in path],
+      color=ink.look('liti').fill,
+      linewidth=2,
+      zorder=3,
+    )
+
+
+def _mark(axes: Axes, point: Point):
+  look = ink.look(point.kind)
+  seen = axes.get_legend_handles_labels()[1]
+  (x, x0, x1), (y, y0, y1) = point.x, point.y
+  axes.plot([x0, x1], [y, y], color=look.fill, linewidth=1.1, alpha=0.55)
+  axes.plot([x, x], [y0, y1], color=look.fill, linewidth=1.1, alpha=0.55)
+  axes.plot(
+    [x],
+    [y],
+    linestyle='none',
+    marker=look.marker,
+    markersize=look.size,
+    color=look.fill,
+    markeredgecolor='white',
+    markeredgewidth=0.9,
+    label=None if look.label in seen else look.label,
+    zorder=5 - 0.1 * ink.rank(point.kind),
+  )
+
+
+def _texts(axes, every, path, reference) -> list[Label]:
+  """One label per place: models that coincide on the chart share one."""
+  out: list[Label] = []
+  named = [p for p in every if p not in path]
+  pixel = axes.transData.transform
+  shared: dict[str, str] = {}
+  for p in (p for p in path if p.kind == 'liti'):
+    here = pixel((p.x[0], p.y[0]))
+    twins = [
+      q.name for q in named if math.dist(here, pixel((q.x[0], q.y[0]))) < 4
+    ]
+    if twins:
+      shared[twins[0]] = f' · rate {p.rate:g}'
+      continue
+    colour = ink.look('liti').text
+    out.append(Label(f'{p.rate:g}', p.x[0], p.y[0], colour, 10.5, 'bold'))
+  for p in named:
+    text, look = p.name + shared.get(p.name, ''), ink.look(p.kind)
+    out.append(Label(text, p.x[0], p.y[0], look.text, 11, 'bold'))
+  for b in reference:
+    if b.get('n', 1) > 1:  # one of one is the init
+      y = b['reward']['mean']
+      out.append(Label(f'N={b["n"]}', b['kl'], y, '#5b6673', 9.5, 'normal'))
+  return out
+
+
+def _label(axes: Axes, every, path, reference):
+  """Write the labels where they cover neither one another nor the data."""
+  figure = axes.get_figure(root=True)
+  assert figure is not None
+  renderer = FigureCanvasAgg(figure).get_renderer()
+  texts = _texts(axes, every, path, reference)
+  drawn = [
+    axes.annotate(
+      t.text,
+      (t.x, t.y),
+      xytext=(0, 0),
+      textcoords='figure pixels',
+      color=t.colour,
+      fontsize=t.size,
+      fontweight=t.weight,
+      ha='center',
+      va='center_baseline',
+      annotation_clip=False,
+      zorder=9,
+    )
+    for t in texts
+  ]
+  pixel = axes.transData.transform
+  extents = [a.get_window_extent(renderer) for a in drawn]
+  frame = axes.get_window_extent(renderer)
+  where = place(
+    [tuple(pixel((t.x, t.y))) for t in texts],
+    [(e.width + 2, e.height) for e in extents],
+    boxes=_boxes(pixel, every, reference),
+    segments=_segments(pixel, every, path, reference),
+    frame=(frame.x0 + 4, frame.y0 + 4, frame.x1 + 8, frame.y1 + 8),
+  )
+  for annotation, text, spot in zip(drawn, texts, where):
+    annotation.set_position((spot.x, spot.y))
+    if spot.leader:
+      _leader(axes, text, spot)
+
+
+def _leader(axes: Axes, text: Label, spot):
+  """A thin line from just outside the marker towards the label."""
+  axes.annotate(
+    '',
+    (text.x, text.y),
+    xytext=(spot.x, spot.y),
+    textcoords='figure pixels',
+    arrowprops={
+      'arrowstyle': '-',
+      'color': text.colour,
+      'linewidth': 0.7,
+      'alpha': 0.7,
+      'shrinkA': LEADER / 2,
+      'shrinkB': 5,
+    },
+    zorder=4,
+  )
+
+
+def _boxes(pixel, every, reference):
+  centres = [(pixel((p.x[0], p.y[0])), 5.0) for p in every]
+  centres += [(pixel((b['kl'], b['reward']['mean'])), 3.0) for b in reference]
+  return [(x - r, y - r, x + r, y + r) for (x, y), r in centres]
+
+
+def _segments(pixel, every, path, reference):
+  lines = []
+  for p in every:
+    lines.append(((p.x[1], p.y[0]), (p.x[2], p.y[0])))
+    lines.append(((p.x[0], p.y[1]), (p.x[0], p.y[2])))
+  for curve in (
+    [(p.x[0], p.y[0]) for p in path],
+    [(b['kl'], b['reward']['mean']) for b in reference],
+  ):
+    lines += list(zip(curve, curve[1:]))
+  return [(*pixel(a), *pixel(b)) for a, b in lines]

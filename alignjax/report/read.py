@@ -1,0 +1,237 @@
+"""What a report is made of, read from work directories and checked.
+
+Finds training runs (`metrics.jsonl` with its neighbours) and evaluations
+(`evaluation.json`) and turns each into a plain record. It computes nothing and
+knows nothing of HTML. A line that is still being written is ignored; any other
+malformed input is a UserError that names the file and the line.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignjax.core.types import UserError
+
+# Checkpoints and model directories hold thousands of files and no metrics.
+PRUNED = re.compile(r'\.|checkpoints$|params$|model(_|$)')
+NOT_FINITE = ('nan', 'inf', '-inf')  # JSON has no such numbers, only names
+INTERVALS = ('reward', 'kl')  # what every model of an evaluation must have
+
+
+class Series(NamedTuple):
+  """One logged number: steps and values, finite or not, of equal length."""
+
+  steps: list[int]
+  values: list[float]
+
+
+class Run(NamedTuple):
+  """One job that trained.
+
+  Attributes:
+    name: the job, as people call it.
+    group: runs of one group differ in a trailing number or letter only.
+    metrics, timing: key -> Series, from the files of those names.
+    documents: file name -> JSON text of config.json and environment.json.
+  """
+
+  name: str
+  group: str
+  metrics: Mapping[str, Series]
+  timing: Mapping[str, Series]
+  documents: Mapping[str, str]
+
+  @property
+  def steps(self) -> int:
+    """The last step that was logged."""
+    return max(s.steps[-1] for s in self.metrics.values())
+
+
+class Found(NamedTuple):
+  """Everything below the work directories; evaluations by their name."""
+
+  runs: list[Run]
+  evaluations: dict[str, dict[str, Any]]
+
+
+def found(workdirs: Sequence[str | os.PathLike]) -> Found:
+  """Read every run and evaluation below `workdirs`, in a stable order.
+
+  Raises:
+    UserError: a directory is missing or holds neither metrics.jsonl nor
+      evaluation.json, or a file is malformed.
+  """
+  if not workdirs:
+    raise UserError('A report needs at least one work directory; none given.')
+  runs: list[Run] = []
+  evaluations: dict[str, dict[str, Any]] = {}
+  for workdir in map(Path, workdirs):
+    if not workdir.is_dir():
+      raise UserError(f'The work directory {workdir} does not exist.')
+    prefix = workdir.resolve().name if len(workdirs) > 1 else ''
+    before = len(runs), len(evaluations)
+    for folder, files in _folders(workdir):
+      name = folder.relative_to(workdir).as_posix()
+      name = workdir.resolve().name if name == '.' else name
+      full = '/'.join(x for x in (prefix, name) if x and x != prefix) or prefix
+      if 'metrics.jsonl' in files and (run := _run(folder, name, full)):
+        runs.append(run)
+      if 'evaluation.json' in files:
+        evaluations[full] = evaluation(folder / 'evaluation.json')
+    if before == (len(runs), len(evaluations)):
+      raise UserError(
+        f'{workdir} has nothing to report: expected a metrics.jsonl with at '
+        'least one row or an evaluation.json in it or below it, found neither.'
+      )
+  return Found(runs, evaluations)
+
+
+def evaluation(path: str | os.PathLike) -> dict[str, Any]:
+  """Read one evaluation.json and check what the report relies on.
+
+  Raises:
+    UserError: not JSON, another format, no models, or a model whose reward or
+      KL is not an interval of finite numbers.
+  """
+  path = Path(path)
+  data = _parse(path, _text(path))
+  if not isinstance(data, dict) or data.get('format') != 1:
+    shown = data.get('format') if isinstance(data, dict) else type(data)
+    raise UserError(f'{path}: found format {shown!r}, expected "format": 1.')
+  models = data.get('models')
+  if not isinstance(models, list) or not models:
+    raise UserError(f'{path}: "models" must be a list with at least one model.')
+  for row, model in enumerate(models):
+    if not isinstance(model, dict) or not isinstance(model.get('name'), str):
+      raise UserError(f'{path}: models[{row}] has no "name".')
+    for key in INTERVALS:
+      if not interval(model, key):
+        raise UserError(
+          f'{path}: "{key}" of model {model["name"]!r} must have finite '
+          f'numbers mean, low and high; found {model.get(key)!r}.'
+        )
+  for row, point in enumerate(data.get('best_of_n') or []):
+    if not (interval(point, 'reward') and _finite(point.get('kl'))):
+      raise UserError(
+        f'{path}: best_of_n[{row}] must have n, kl and a reward with mean, '
+        f'low and high; found {point!r}.'
+      )
+  return data
+
+
+def interval(record: Any, key: str) -> tuple[float, float, float] | None:
+  """(mean, low, high) of a field, or None where it is missing or not finite."""
+  value = record.get(key) if isinstance(record, dict) else None
+  if not isinstance(value, dict):
+    return None
+  numbers = [value.get(k) for k in ('mean', 'low', 'high')]
+  if not all(map(_finite, numbers)):
+    return None
+  mean, low, high = map(float, numbers)  # pyright: ignore[reportArgumentType]
+  return mean, low, high
+
+
+def rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Rows of a JSONL file; an unfinished last line is left out.
+
+  Raises:
+    UserError: a line is not a JSON object with an integer "step".
+  """
+  path = Path(path)
+  out = []
+  lines = _text(path).split('\n')
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      if number == len(lines):  # no newline yet: it is being written
+        break
+      raise UserError(
+        f'{path}, line {number}: not valid JSON ({error}).'
+      ) from error
+    step = row.get('step') if isinstance(row, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool):
+      if number == len(lines):
+        break
+      raise UserError(
+        f'{path}, line {number}: expected an object with an integer "step", '
+        f'found {line.strip()[:60]!r}.'
+      )
+    out.append(row)
+  return out
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, set[str]]]:
+  for folder, folders, files in os.walk(root):
+    folders[:] = sorted(
+      (f for f in folders if not PRUNED.match(f)), key=_natural
+    )
+    yield Path(folder), set(files)
+
+
+def _run(folder: Path, name: str, full: str) -> Run | None:
+  metrics = _series(rows(folder / 'metrics.jsonl'))
+  if not metrics:
+    return None
+  timing = folder / 'timing.jsonl'
+  documents = {}
+  for file in ('config.json', 'environment.json'):
+    if (folder / file).is_file():
+      value = _parse(folder / file, _text(folder / file))
+      documents[file] = json.dumps(value, indent=2, ensure_ascii=False)
+  return Run(
+    full,
+    re.sub(r'(?<=\w)([_-]?\d+|[_-][a-z])$', '', name),
+    metrics,
+    _series(rows(timing)) if timing.is_file() else {},
+    documents,
+  )
+
+
+def _series(records: list[dict[str, Any]]) -> dict[str, Series]:
+  # A resumed run may log a step twice; what was written last is what counts.
+  by_step = {row['step']: row for row in records}
+  points: dict[str, dict[int, float]] = {}
+  for step in sorted(by_step):
+    for key, value in by_step[step].items():
+      number = isinstance(value, int | float) and not isinstance(value, bool)
+      if key != 'step' and (number or value in NOT_FINITE):
+        points.setdefault(key, {})[step] = float(value)
+  return {k: Series(list(p), list(p.values())) for k, p in points.items()}
+
+
+def _text(path: Path) -> str:
+  try:
+    return path.read_text('utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f'{path}: expected UTF-8 text, found byte {error.start} that is not.'
+    ) from error
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
+
+
+def _parse(path: Path, text: str) -> Any:
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    raise UserError(
+      f'{path}, line {error.lineno}: not valid JSON ({error.msg}).'
+    ) from error
+
+
+def _finite(value: Any) -> bool:
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and math.isfinite(value)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+  """Sort key under which run_2 comes before run_10."""
+  parts = re.split(r'(\d+)', name)
+  return [(int(p), '') if p.isdigit() else (-1, p) for p in parts]

@@ -1,0 +1,1 @@
+"""Scores of responses: verifiable, learned and judged."""

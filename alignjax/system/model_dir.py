@@ -1,0 +1,372 @@
+"""Model directories: what merge, sample, evaluate and inspect read and write.
+
+`model.json` (decoder config, roles, view, head, provenance, a checksum per
+leaf), `params/<role>/` in the canonical tree, and `tokenizer.model` if there is
+one. The params are a plain Orbax checkpoint, one zarr array per leaf, so that
+a leaf can be read alone and a model larger than memory can be written part by
+part. Not a training checkpoint: no optimizer, no step, no stacked layers.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from alignjax.core import tree
+from alignjax.core.types import UserError
+
+FORMAT = 1
+TOKENIZER = 'tokenizer.model'
+PART_BYTES = 128 * 2**20  # a writer holds this much before it writes
+
+_FIELDS = {
+  'config': dict,
+  'roles': list,
+  'view': str,
+  'head': str,
+  'provenance': dict,
+  'checksums': dict,
+}
+
+
+class ModelDir(NamedTuple):
+  """What `model.json` says; no weights.
+
+  Attributes:
+    path: absolute.
+    config: the decoder config as plain JSON.
+    roles: names under `params/`.
+    view: plain, conditioned or lora.
+    head: tied, untied or scalar(k).
+    provenance: where the weights come from, as JSON.
+    checksums: role -> leaf name -> crc32 of its bytes, in hex.
+    tokenizer: the tokenizer file, or None.
+  """
+
+  path: epath.Path
+  config: dict[str, Any]
+  roles: tuple[str, ...]
+  view: str
+  head: str
+  provenance: dict[str, Any]
+  checksums: dict[str, dict[str, str]]
+  tokenizer: epath.Path | None
+
+
+def read(path: epath.PathLike) -> ModelDir:
+  """Reads and checks `model.json`. Raises UserError if it is not sound."""
+  path = _absolute(path)
+  file = path / 'model.json'
+  if not path.exists():
+    raise UserError(f'no model directory at {path}')
+  if not file.exists():
+    raise UserError(f'{path} is not a model directory: it has no model.json')
+  try:
+    facts = json.loads(file.read_text())
+  except ValueError as error:
+    raise UserError(f'{file} is not JSON: {error}') from error
+  if not isinstance(facts, dict):
+    raise UserError(f'{file} is not a JSON object')
+  if facts.get('format') != FORMAT:
+    raise UserError(
+      f'{file} has format {facts.get("format")!r}, expected {FORMAT}'
+    )
+  for field, kind in _FIELDS.items():
+    if not isinstance(facts.get(field), kind):
+      raise UserError(f'{file}: field {field!r} is missing or of a wrong type')
+  for role in facts['roles']:
+    if not isinstance(facts['checksums'].get(role), dict):
+      raise UserError(f'{file}: no checksums of the role {role!r}')
+    if not (path / 'params' / role).exists():
+      raise UserError(f'{path} lacks params/{role}, which model.json names')
+  tokenizer = path / TOKENIZER
+  return ModelDir(
+    path=path,
+    config=facts['config'],
+    roles=tuple(facts['roles']),
+    view=facts['view'],
+    head=facts['head'],
+    provenance=facts['provenance'],
+    checksums=facts['checksums'],
+    tokenizer=tokenizer if tokenizer.exists() else None,
+  )
+
+
+def leaves(
+  model: ModelDir, role: str = 'policy'
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes by leaf name, sorted; no weights are read."""
+  out = {}
+  for name in sorted(_known(model, role)):
+    array = _open(model, role, name)
+    out[name] = jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+  return out
+
+
+def load_leaf(model: ModelDir, role: str, name: str) -> np.ndarray:
+  """One leaf, checksum verified. Raises UserError if it is damaged."""
+  expected = _known(model, role)[name]
+  try:
+    array = np.asarray(_open(model, role, name).read().result())
+  except (ValueError, OSError) as error:
+    raise _damaged(model, role, name, _first_line(error)) from error
+  found = _crc(array)
+  if found != expected:
+    raise _damaged(
+      model, role, name, f'its checksum is {found}, expected {expected}'
+    )
+  return array
+
+
+def load(model: ModelDir, role: str = 'policy') -> dict[str, Any]:
+  """The nested dict of one role's leaves, checksums verified."""
+  names = sorted(_known(model, role))
+  return tree.nested({name: load_leaf(model, role, name) for name in names})
+
+
+def checksums(params: Any) -> dict[str, str]:
+  """What `model.json` records for a tree: crc32 in hex by leaf name."""
+  return {
+    name: _crc(np.asarray(leaf)) for name, leaf in tree.named(params).items()
+  }
+
+
+def digest(model: ModelDir, role: str = 'policy') -> str:
+  """One name for a role's weights: sha256 over its sorted checksums."""
+  return digest_of(_known(model, role))
+
+
+def digest_of(sums: Mapping[str, str]) -> str:
+  """`digest` of `checksums(params)`, for weights that are in memory."""
+  text = '\n'.join(f'{name} {crc}' for name, crc in sorted(sums.items()))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_free(path: epath.PathLike, overwrite: bool = False) -> None:
+  """Raises UserError if `path` must not be written to."""
+  path = _absolute(path)
+  if not path.exists():
+    return
+  if path.is_dir() and not list(path.iterdir()):
+    return
+  if not overwrite:
+    raise UserError(f'{path} exists already; to replace it, pass --overwrite')
+  if not (path / 'model.json').exists():
+    raise UserError(
+      f'{path} exists and is not a model directory, so it is not overwritten'
+    )
+
+
+def write(
+  path: epath.PathLike,
+  *,
+  config: Mapping[str, Any],
+  params: Mapping[str, Any],
+  provenance: Mapping[str, Any],
+  tokenizer: epath.PathLike | None = None,
+  view: str = 'plain',
+  head: str = 'tied',
+  overwrite: bool = False,
+) -> ModelDir:
+  """Writes a model directory: all of it or nothing.
+
+  Args:
+    path: must not exist, unless it is a model directory and `overwrite`.
+    config: the decoder config as plain JSON.
+    params: role -> canonical tree, or an iterable of (leaf name, array).
+    provenance: JSON. A training run records its start here, as
+      {'init': {'checksum': digest of the init's params}}: merge then refuses
+      models of different bases.
+    tokenizer: a file to copy, or None.
+    view: see ModelDir.
+    head: see ModelDir.
+    overwrite: replace an existing model directory.
+  """
+  with writer(
+    path,
+    config=config,
+    provenance=provenance,
+    tokenizer=tokenizer,
+    view=view,
+    head=head,
+    overwrite=overwrite,
+  ) as put:
+    for role, weights in params.items():
+      pairs: Iterable[tuple[str, Any]] = (
+        tree.named(weights).items() if isinstance(weights, Mapping) else weights
+      )
+      for name, leaf in pairs:
+        put(role, name, leaf)
+  return read(path)
+
+
+@contextlib.contextmanager
+def writer(
+  path: epath.PathLike,
+  *,
+  config: Mapping[str, Any],
+  provenance: Mapping[str, Any],
+  tokenizer: epath.PathLike | None = None,
+  view: str = 'plain',
+  head: str = 'tied',
+  overwrite: bool = False,
+) -> Iterator[Callable[[str, str, Any], None]]:
+  """`write` leaf by leaf: yields put(role, leaf name, array).
+
+  Holds at most PART_BYTES and one leaf. The directory appears when the block
+  ends; after an error there is none, and an old one is untouched.
+  """
+  path = _absolute(path)
+  check_free(path, overwrite)
+  if tokenizer is not None and not epath.Path(tokenizer).exists():
+    raise UserError(f'no tokenizer file at {tokenizer}')
+  partial = path.parent / f'.{path.name}.partial'
+  sums: dict[str, dict[str, str]] = {}
+  part: dict[str, dict[str, np.ndarray]] = {}
+
+  def put(role: str, name: str, leaf: Any):
+    array = np.asarray(leaf)
+    _check_leaf(path, name, array)
+    if name in sums.setdefault(role, {}):
+      raise ValueError(f'leaf {name!r} of the role {role!r} was put twice')
+    sums[role][name] = _crc(array)
+    part.setdefault(role, {})[name] = array
+    if sum(x.nbytes for of in part.values() for x in of.values()) >= PART_BYTES:
+      _flush(partial, part)
+
+  try:
+    _remove(partial)
+    (partial / 'params').mkdir(parents=True)
+    yield put
+    _flush(partial, part)
+    if tokenizer is not None:
+      epath.Path(tokenizer).copy(partial / TOKENIZER)
+    facts = {
+      'format': FORMAT,
+      'config': dict(config),
+      'roles': list(sums),
+      'view': view,
+      'head': head,
+      'provenance': dict(provenance),
+      'checksums': {r: dict(sorted(of.items())) for r, of in sums.items()},
+    }
+    (partial / 'model.json').write_text(json.dumps(facts, indent=2) + '\n')
+    _swap(partial, path)
+  except BaseException as error:
+    _remove(partial)
+    if _is_disk_full(error):
+      raise UserError(f'disk full while writing {path}') from error
+    raise
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+  text = os.fspath(path)
+  return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
+def _known(model: ModelDir, role: str) -> dict[str, str]:
+  if role not in model.roles:
+    raise UserError(
+      f'{model.path} has no role {role!r} (roles: {", ".join(model.roles)})'
+    )
+  return model.checksums[role]
+
+
+def _open(model: ModelDir, role: str, name: str) -> ts.TensorStore:
+  text = os.fspath(model.path / 'params' / role / name.replace('/', '.'))
+  store = text if '://' in text else {'driver': 'file', 'path': text}
+  try:
+    return ts.open({'driver': 'zarr', 'kvstore': store}, read=True).result()
+  except (ValueError, OSError) as error:
+    raise _damaged(model, role, name, _first_line(error)) from error
+
+
+def _damaged(model: ModelDir, role: str, name: str, why: str) -> UserError:
+  return UserError(
+    f'{model.path / "params" / role}: leaf {name!r} is corrupt or truncated:'
+    f' {why}'
+  )
+
+
+def _first_line(error: Exception) -> str:
+  return re.sub(r' \[[a-z_]+=.*', '', str(error).splitlines()[0])
+
+
+def _crc(array: np.ndarray) -> str:
+  flat = np.ascontiguousarray(array).reshape(-1)
+  return f'{zlib.crc32(flat.view(np.uint8).data):08x}'
+
+
+def _check_leaf(path: epath.Path, name: str, array: np.ndarray) -> None:
+  # On disk '.' joins the parts of a name.
+  if not re.fullmatch(r'[^./]+(/[^./]+)*', name):
+    raise UserError(f'{path}: a leaf cannot be named {name!r}')
+  if array.size == 0:
+    raise UserError(f'{path}: leaf {name!r} is empty: {array.shape}')
+
+
+def _flush(partial: epath.Path, part: dict[str, dict[str, np.ndarray]]) -> None:
+  for role, weights in part.items():
+    _save(partial / 'params' / role, weights)
+  part.clear()
+
+
+def _save(directory: epath.Path, part: Mapping[str, np.ndarray]) -> None:
+  """Adds leaves to an Orbax checkpoint, which a first part creates."""
+  me = jax.process_index()
+  handler = ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False,
+    use_zarr3=False,
+    # One process writes alone: waiting for the others would hang.
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=me,
+      active_processes={me},
+      barrier_sync_key_prefix=f'model_dir_{me}',
+    ),
+  )
+  index = directory / '_METADATA'
+  before = json.loads(index.read_text()) if index.exists() else None
+  directory.mkdir(parents=True, exist_ok=True)
+  handler.save(directory, args=ocp.args.PyTreeSave(tree.nested(part)))
+  if before is not None:
+    # Orbax lists what it has just saved; the earlier parts belong to it too.
+    after = json.loads(index.read_text())
+    after['tree_metadata'] = before['tree_metadata'] | after['tree_metadata']
+    index.write_text(json.dumps(after))
+
+
+def _swap(partial: epath.Path, path: epath.Path) -> None:
+  """`partial` becomes `path`; what was there goes once it is replaced."""
+  if not path.exists():
+    partial.rename(path)
+    return
+  old = path.parent / f'.{path.name}.replaced'
+  _remove(old)
+  path.rename(old)
+  try:
+    partial.rename(path)
+  except BaseException:
+    old.rename(path)
+    raise
+  _remove(old)
+
+
+def _remove(path: epath.Path) -> None:
+  if path.exists():
+    path.rmtree()
+
+
+def _is_disk_full(error: BaseException) -> bool:
+  full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+  return full or 'No space left on device' in str(error)

@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import pytest
+
+from alignjax.cli import merge
+from alignjax.core.types import UserError
+from alignjax.system import model_dir
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for seed, name in enumerate(['base', 'a', 'b']):
+    draw = np.random.default_rng(seed).normal
+    leaves = {
+      f'layer_{i}/attn/q': draw(size=(3, 2)).astype(np.float32)
+      for i in range(11)
+    }
+    model_dir.write(
+      name,
+      config={'width': 3},
+      params={'policy': leaves.items()},
+      provenance={'by': name},
+    )
+
+
+SLERP = ['slerp', '--base', 'base', '--models', 'a', 'b']
+
+
+def test_one_value_gives_one_result(tmp_path, capsys):
+  where = '.*/attn/q:t=0.0'
+  argv = [*SLERP, '--out', 'o', '--t', '.5', '--where', where]
+  assert merge.main(argv) == 0
+  a, o = model_dir.read('a'), model_dir.read('o')
+  assert model_dir.digest(o) == model_dir.digest(a)
+  said = capsys.readouterr().out
+  assert 'peak memory' in said and f'wrote {tmp_path}/o' in said
+
+
+def test_several_values_give_several_results(tmp_path):
+  liti = ['liti', '--base', 'base', '--models', 'a', '--out', 'front']
+  assert merge.main([*liti, '--liti_rate', '0', '0.3', '1']) == 0
+  results = [f'front/liti_{rate}' for rate in ('0.00', '0.30', '1.00')]
+  digests = [model_dir.digest(model_dir.read(path)) for path in results]
+  assert digests[0] == model_dir.digest(model_dir.read('base'))
+  assert digests[2] == model_dir.digest(model_dir.read('a'))
+
+
+def test_a_config_is_the_same_as_flags(tmp_path):
+  fields = {'method': 'slerp', 'base': 'base', 'models': ['a', 'b']}
+  (tmp_path / 'm.json').write_text(
+    json.dumps({**fields, 'out': 'o1', 't': 0.3})
+  )
+  assert merge.main(['--config=m.json']) == 0
+  assert merge.main([*SLERP, '--out', 'o2', '--t', '0.3']) == 0
+  assert merge.main(['--config=m.json', '--out', 'o3', '--t', '0.6']) == 0
+  one, two, three = (
+    model_dir.digest(model_dir.read(o)) for o in ('o1', 'o2', 'o3')
+  )
+  assert one == two != three
+
+
+def test_a_job_writes_into_its_folder_and_may_be_repeated(tmp_path):
+  fields = {'method': 'slerp', 'base': 'base', 'models': ['a', 'b']}
+  (tmp_path / 'm.json').write_text(json.dumps(fields))
+  for _ in range(2):
+    assert merge.main(['--config=m.json', '--workdir=w/merge']) == 0
+  model_dir.read('w/merge/model')
+  (tmp_path / 'm.json').write_text(json.dumps({**fields, 't': [0.1, 0.2]}))
+  for _ in range(2):
+    assert merge.main(['--config=m.json', '--workdir=w/sweep']) == 0
+  assert sorted(p.name for p in (tmp_path / 'w/sweep').iterdir()) == [
+    't_0.10',
+    't_0.20',
+  ]
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+  before = sorted(tmp_path.iterdir())
+  assert merge.main([*SLERP, '--out', 'o', '--dry-run']) == 0
+  assert sorted(tmp_path.iterdir()) == before
+  assert f'would write {tmp_path}/o\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    ([], 'METHOD is missing'),
+    (['slerp'], '--base is missing'),
+    ([*SLERP], '--out is missing'),
+    ([*SLERP, '--out', 'a'], 'a exists already'),
+    ([*SLERP, 'c', '--out', 'o'], 'no model directory at .*/c'),
+    ([*SLERP, '.', '--out', 'o'], 'is not a model directory'),
+    (['slrp', *SLERP[1:], '--out', 'o'], "did you mean 'slerp'"),
+    ([*SLERP, '--out', 'o', '--t', '7'], 't must be a number from 0 to 1'),
+    ([*SLERP, '--out', 'o', '--liti_rate', '.5'], "no number 'liti_rate'"),
+    ([*SLERP, '--out', 'o', '--where', 'x:t=0.5'], 'matches no leaf'),
+    (['--config=bad.json'], "no field 'modles'; did you mean 'models'"),
+    (['--config=text.json'], "models must be a list of strings, found 'a'"),
+    (['--config=absent.json'], 'absent.json'),
+  ],
+)
+def test_bad_input_is_named(tmp_path, argv, message):
+  (tmp_path / 'bad.json').write_text('{"method": "slerp", "modles": ["a"]}')
+  (tmp_path / 'text.json').write_text(
+    '{"method": "liti", "base": "base", "models": "a", "out": "o"}'
+  )
+  before = sorted(tmp_path.iterdir())
+  with pytest.raises(UserError, match=message):
+    merge.main(argv)
+  assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,115 @@
+"""Sampling: scores agree with the scorer, prompts share prefill, rows stop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax.losses.logprob import token_logp
+from alignjax.policies.combine import restrict, tempered
+from alignjax.policies.sample import sample
+from tests import tiny
+
+MODEL = tiny.model()
+BUNDLE = tiny.bundle(MODEL, 'policy')
+
+
+def draw(batch, *, policy=None, count=3, length=20, seed=0, **changes):
+  policy = policy or MODEL.policy('policy')
+  options = dict(stop=MODEL.stop, pad=MODEL.pad) | changes
+  run = jax.jit(
+    lambda batch: sample(
+      policy,
+      policy.view(BUNDLE, batch),
+      batch,
+      jax.random.key(seed),
+      count=count,
+      max_new_tokens=length,
+      **options,
+    )
+  )
+  return run(batch)
+
+
+def test_sampler_and_scorer_agree():
+  for temperature in (1.0, 0.7):
+    policy = tempered(MODEL.policy('policy'), temperature)
+    batch = tiny.batch()
+    out = draw(batch, policy=policy)
+    scored = token_logp(policy, BUNDLE['policy'], batch | out)
+    gap = np.abs(np.where(out['mask'], scored - out['sample_logp'], 0)).max()
+    assert gap < 1e-4
+    assert out['mask'].sum() > 100
+
+
+def test_illegal_tokens_never_appear_and_carry_no_mass():
+  out = draw(tiny.batch(), count=16)
+  drawn = np.asarray(out['response'])[np.asarray(out['mask'])]
+  assert not set(drawn) & set(tiny.TOKENS.illegal)
+  assert drawn.max() < tiny.TOKENS.size
+  policy = MODEL.policy('policy')
+  logits, _ = policy.start(BUNDLE['policy'], tiny.batch(), 20)
+  probs = jax.nn.softmax(logits)
+  illegal = [*tiny.TOKENS.illegal, *range(tiny.TOKENS.size, 272)]
+  assert float(probs[:, jnp.array(illegal)].max()) == 0.0
+  np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
+
+
+def test_a_prompts_responses_do_not_depend_on_its_batch():
+  whole = draw(tiny.batch(8))
+  part = {name: x[2:5] for name, x in tiny.batch(8).items()}
+  np.testing.assert_array_equal(
+    draw(part)['response'], whole['response'][2:5]
+  )
+
+
+def test_the_stop_token_ends_a_response_and_belongs_to_it():
+  # Everything but three tokens is illegal, one of them stops.
+  legal, stop = (10, 11, 12), 12
+  illegal = [i for i in range(272) if i not in legal]
+  policy = restrict(MODEL.policy('policy'), illegal)
+  out = draw(tiny.batch(), policy=policy, count=8, stop=(stop,))
+  for row, mask in zip(
+    np.asarray(out['response']).reshape(-1, 20),
+    np.asarray(out['mask']).reshape(-1, 20),
+  ):
+    length = mask.sum()
+    assert mask[:length].all() and (row[length:] == MODEL.pad).all()
+    assert stop not in row[: length - 1]
+    assert length == 20 or row[length - 1] == stop
+
+
+def test_the_loop_ends_when_every_row_has_stopped():
+  calls = []
+
+  def counted(policy):
+    def step(weights, cache, tokens):
+      jax.debug.callback(lambda: calls.append(1))
+      return policy.step(weights, cache, tokens)
+
+    return policy._replace(step=step)
+
+  legal = (10, 12)
+  illegal = [i for i in range(272) if i not in legal]
+  policy = counted(restrict(MODEL.policy('policy'), illegal))
+  out = draw(tiny.batch(2), policy=policy, count=2, length=200, stop=(12,))
+  jax.effects_barrier()
+  longest = int(out['mask'].sum(-1).max())
+  assert longest < 200
+  assert len(calls) == longest - 1  # the first token needs no step
+
+
+def test_greedy_takes_the_likeliest_token():
+  batch = tiny.batch(2)
+  out = draw(batch, count=1, length=5, greedy=True)
+  policy = MODEL.policy('policy')
+  features, _ = policy.features(BUNDLE['policy'], batch | out)
+  logits = policy.head(BUNDLE['policy'], features)
+  np.testing.assert_array_equal(jnp.argmax(logits, -1), out['response'])
+
+
+def test_left_padding_is_invisible():
+  batch = tiny.batch(1)
+  wide = {'id': batch['id'], 'prompt': jnp.pad(batch['prompt'], ((0, 0), (9, 0)))}
+  np.testing.assert_array_equal(
+    draw(batch)['response'], draw(wide)['response']
+  )
