@@ -188,7 +188,8 @@ def make_step(
     rows, key = minibatch
     grads, metrics = gradients(state, rows, key)
     norm = tree.norm(grads)
-    ok = jnp.isfinite(norm)
+    losses = [m.value for name, m in metrics.items() if name[:5] == 'loss/']
+    ok = jnp.all(jnp.isfinite(jnp.stack([norm, *losses])))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(

@@ -88,12 +88,18 @@ def text(
 ) -> Rows:
   """Packed rows of plain text: BOS, a piece of a document, EOS.
 
-  A piece starts at a top-level line and is at most `length` tokens.
+  A piece starts at a top-level line and is about `length` tokens at most; the
+  rest of a longer block makes further pieces, and EOS comes after the last.
   """
-  pieces = _pieces(path, field, pattern, max_bytes, length, part, held_out)
+  pieces = _pieces(
+    path, field, pattern, max_bytes, length, part, held_out, rest=True
+  )
+  encoded = tokenizer.encode_batch([piece for _, piece in pieces])
+  following = [piece for _, piece in pieces[1:]] + ['']
   documents = []
-  for ids in tokenizer.encode_batch([piece for _, piece in pieces]):
-    ids = [tokenizer.bos, *ids, tokenizer.eos]
+  for ids, after in zip(encoded, following):
+    inside = after[:1].isspace()
+    ids = [tokenizer.bos, *ids] + [tokenizer.eos] * (not inside)
     documents.append((ids, [True] * len(ids)))
   return _rows(packing.pack(documents, length), batch_size, seed)
 
@@ -204,7 +210,9 @@ def _cut(text: str, limit: int) -> str:
   return text[: text.rfind('\n', 0, min(limit, len(text) - 1)) + 1]
 
 
-def _pieces(path, field, pattern, max_bytes, length, part, held_out):
+def _pieces(
+  path, field, pattern, max_bytes, length, part, held_out, rest=False
+):
   """[(name, text)] of one part of the documents."""
   if part not in PARTS:
     raise UserError(
@@ -215,7 +223,7 @@ def _pieces(path, field, pattern, max_bytes, length, part, held_out):
   )
   out = []
   for document in found:
-    for i, piece in enumerate(texts.split(document, 3 * length)):
+    for i, piece in enumerate(texts.split(document, int(2.6 * length), rest=rest)):
       # A lone document is divided by piece, many are by document, so that
       # neighbouring pieces do not leak into the held-out part.
       unit = document.name if len(found) > 1 else f'{document.name}#{i}'

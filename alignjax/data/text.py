@@ -211,13 +211,16 @@ def _check_bad(
   print(f'skipped {len(bad)} of {total} {what}: {first}', file=sys.stderr)
 
 
-def split(document: Document, max_chars: int) -> list[str]:
+def split(
+  document: Document, max_chars: int, *, rest: bool = False
+) -> list[str]:
   """Cut a document into pieces of at most max_chars that begin at a top level.
 
   A piece is one or more whole blocks: the lines from one unindented line
   after a blank line to the next. A longer block is cut at a line end and goes
   on at its next unindented line, if there is one; what lies between is
-  dropped. Pieces end with a newline and are never blank.
+  dropped, or with `rest` makes pieces that begin inside a block (indented).
+  Pieces end with a newline and are never blank.
   """
   lines = [f'{line}\n' for line in document.text.split('\n')]
   strong, weak = _starts(lines)
@@ -240,8 +243,9 @@ def split(document: Document, max_chars: int) -> list[str]:
         size += len(line)
         first += 1
       pieces.append(piece)
+      if not rest or not piece:  # a single line may be too long
+        first = next((n for n in weak if first < n < last), last)
       piece = ''
-      first = next((n for n in weak if first < n < last), last)
       block = ''.join(lines[first:last])
     piece = block
   pieces.append(piece)

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from etils import epath
@@ -26,10 +27,33 @@ _SPECIAL = re.compile(
   r'|(?:start|end)_of_image|image_soft_token)>|\[multimodal\]'
 )
 _SPACE = '\u2581'  # how SentencePiece writes a space
+_SPACE_UTF8 = _SPACE.encode()
 _INDENTS = tuple(_SPACE * n for n in (4, 8, 12, 16))
 # In every vocabulary, like the space: without a piece of its own a space would
 # fall back to the bytes of its mark.
 _ASCII = ''.join(map(chr, range(33, 127)))
+_OPTIONS: dict[str, Any] = {
+  'model_type': 'bpe',
+  'hard_vocab_limit': False,
+  'byte_fallback': True,
+  'character_coverage': 0.999,
+  'required_chars': _ASCII,
+  'normalization_rule_name': 'identity',
+  'add_dummy_prefix': False,
+  'remove_extra_whitespaces': False,
+  'allow_whitespace_only_pieces': True,
+  'split_digits': True,
+  'split_by_unicode_script': False,  # '__init__(self,' may be one piece
+  'user_defined_symbols': [
+    *(START_OF_TURN, END_OF_TURN),
+    *('\n', '\n\n', '\n\n\n', '\t'),
+    *_INDENTS,
+  ],
+  **{'pad_id': 0, 'eos_id': 1, 'bos_id': 2, 'unk_id': 3},
+  **{'pad_piece': '<pad>', 'eos_piece': '<eos>', 'bos_piece': '<bos>'},
+  'num_threads': 1,
+  'minloglevel': 2,
+}
 _TRAIN_BYTES = 2_500_000
 _CHUNK_LINES = 40
 
@@ -106,7 +130,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _space_bytes(self) -> list[int]:
-    return [self.processor.PieceToId(f'<0x{b:02X}>') for b in _SPACE.encode()]
+    return [self.processor.PieceToId(f'<0x{b:02X}>') for b in _SPACE_UTF8]
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without BOS. No id of it is a special one."""
@@ -119,22 +143,27 @@ class Tokenizer:
     parts, owners = [], []
     for number, text in enumerate(texts):
       for part in _parts(text):
-        parts.append(part)
+        parts.append(_utf8(part))
         owners.append(number)
-    try:
-      encoded = self.processor.Encode(parts, num_threads=threads or -1)
-    except UnicodeEncodeError as error:
-      raise UserError(
-        f'a text is not valid Unicode ({error.reason})'
-      ) from error
+    encoded = self.processor.Encode(parts, num_threads=threads or -1)
     ids: list[list[int]] = [[] for _ in texts]
     for owner, part, found in zip(owners, parts, encoded):
-      ids[owner] += self._space_bytes if part == _SPACE else found
+      ids[owner] += self._space_bytes if part == _SPACE_UTF8 else found
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids; special ones are dropped, broken UTF-8 is replaced."""
     return self.processor.Decode([i for i in ids if i not in self.special])
+
+
+def _utf8(text: str) -> bytes:
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'a text is not valid Unicode (half a surrogate pair at character'
+      f' {error.start})'
+    ) from error
 
 
 def _parts(text: str) -> list[str]:
@@ -174,12 +203,7 @@ class ByteTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without BOS."""
-    try:
-      return [6 + byte for byte in text.encode()]
-    except UnicodeEncodeError as error:
-      raise UserError(
-        f'a text is not valid Unicode ({error.reason})'
-      ) from error
+    return [6 + byte for byte in _utf8(text)]
 
   def encode_batch(
     self, texts: Sequence[str], *, threads: int = 0
@@ -220,30 +244,8 @@ def train(
       # Line by line: newlines are pieces of their own, nothing merges across.
       sentence_iterator=iter([*lines, ' '.join(_ASCII)]),
       model_writer=model,
-      model_type='bpe',
       vocab_size=vocab_size,
-      hard_vocab_limit=False,
-      byte_fallback=True,
-      character_coverage=0.999,
-      required_chars=_ASCII,
-      normalization_rule_name='identity',
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      split_digits=True,
-      # '__init__(self,' may be one piece.
-      split_by_unicode_script=False,
-      user_defined_symbols=[START_OF_TURN, END_OF_TURN]
-      + ['\n', '\n\n', '\n\n\n', '\t', *_INDENTS],
-      pad_id=0,
-      eos_id=1,
-      bos_id=2,
-      unk_id=3,
-      pad_piece='<pad>',
-      eos_piece='<eos>',
-      bos_piece='<bos>',
-      num_threads=1,
-      minloglevel=2,
+      **_OPTIONS,
     )
   except RuntimeError as error:
     need = re.search(r'required_chars\. \d+ vs (\d+)', str(error))
