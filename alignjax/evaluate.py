@@ -110,16 +110,17 @@ def responses(
   batches: Sequence[Batch],
   reward: Reward,
   key,
-  advance: Callable[[int], None] = lambda rows: None,
+  advance: Callable[[int], None] = lambda done: None,
 ) -> Responses:
-  """Everything one model writes to all batches of prompts."""
-  parts = []
+  """Everything one model writes to all batches; `advance(prompts done)`."""
+  parts, done = [], 0
   for batch in batches:
     out = write(bundle, batch, key)
     scored = batch | {name: out[name] for name in ('response', 'mask')}
     out['rewards'] = reward(bundle, scored, key)
     parts.append({name: np.asarray(x) for name, x in out.items()})
-    advance(len(batch['id']))
+    done += len(batch['id'])
+    advance(done)
   joined = {
     name: np.concatenate([part[name] for part in parts])
     for name in parts[0]
@@ -143,12 +144,17 @@ def compare(
   """The row of a model in an evaluation: metrics with their intervals.
 
   The log-quantile of a response counts it among the reference's responses to
-  the same prompt, (1 + not above) / (1 + count); ties win by half.
+  the same prompt, (1 + not above) / (1 + count); ties win by half. The
+  reference's own responses are compared with its other ones.
   """
   reward, ref = found.rewards[..., 0], reference.rewards[..., 0]
   mine, theirs = reward[:, :, None], ref[:, None, :]
-  quantile = (1 + (theirs <= mine).sum(-1)) / (1 + ref.shape[1])
-  wins = (mine > theirs) + 0.5 * (mine == theirs)
+  others = np.ones((reward.shape[1], ref.shape[1]))
+  if found is reference:
+    np.fill_diagonal(others, 0)
+  count = others.sum(-1)
+  quantile = (1 + ((theirs <= mine) * others).sum(-1)) / (1 + count)
+  wins = ((mine > theirs) + 0.5 * (mine == theirs)) * others
   return {
     'reward': interval(reward),
     'kl': interval(found.kl),
@@ -156,7 +162,7 @@ def compare(
     'length': interval(found.length),
     'entropy': interval(found.entropy),
     'log_quantile': interval(np.log(quantile)),
-    'win_rate': interval(wins.mean(-1)),
+    'win_rate': interval(wins.sum(-1) / count),
     'logprob_gap': float(found.logprob_gap),
     'indicators': {
       name: float(found.rewards[..., i].mean())

@@ -8,7 +8,6 @@ of (seed, step), and checkpoints exist only between steps.
 
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,7 +151,7 @@ def make_step(
       for term, (coefficient, mean) in loss.items()
     )
     terms = {f'loss/{term}': mean for term, (_, mean) in loss.items()}
-    return total, terms | metrics
+    return total, {**terms, **metrics}
 
   def weights_of(params, frozen, rows, key):
     loss, _ = evaluate(params, frozen, rows, key)
@@ -202,7 +201,8 @@ def make_step(
       opt_state=opt_state,
       skipped=jnp.where(ok, 0, state.skipped + 1),
     )
-    return state, metrics | {
+    return state, {
+      **metrics,
       'grad_norm': Mean.of(jnp.where(ok, norm, 0), ok),
       'skipped': Peak(state.skipped),
     }
@@ -221,14 +221,11 @@ def make_step(
       state, metrics = jax.lax.scan(update, state, (minibatches, keys))
       metrics = _fold(metrics)
     state = state.replace(step=state.step + 1)
-    frozen = {
-      role: me
-      if recipe.follow[role] is None
-      else recipe.follow[role].fn(
-        state.step, state.params[recipe.follow[role].leader], me
-      )
-      for role, me in state.frozen.items()
-    }
+    frozen = dict(state.frozen)
+    for role, follow in recipe.follow.items():
+      if follow is not None:
+        leader = state.params[follow.leader]
+        frozen[role] = follow.fn(state.step, leader, frozen[role])
     return state.replace(frozen=frozen), metrics
 
   return step
@@ -272,24 +269,9 @@ def train(
   """
   fixed = [role for role, follow in recipe.follow.items() if follow is None]
   checkpoints = checkpoint.manager(workdir / 'checkpoints', schedule.keep)
-  restored = checkpoint.restore(
-    checkpoints, state, fixed=fixed, fallback=fallback
-  )
-  if restored is not None:
-    state, source_state = restored
-    source.restore(source_state)
+  state = _resume(checkpoints, state, fixed, source, workdir, fallback)
   begin = int(state.step)
-  for name in ('metrics.jsonl', 'timing.jsonl'):
-    numbers.cut(workdir / name, begin)
-
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  step = jax.jit(
-    make_step(
-      recipe, tx, seed=schedule.seed, microbatches=schedule.microbatches
-    ),
-    out_shardings=(shardings, None),
-    donate_argnums=0,
-  )
+  step = _compiled(recipe, tx, schedule, state)
   place = None if mesh is None else meshes.rows(mesh)
   batches = source.batches(begin)
 
@@ -297,7 +279,13 @@ def train(
     _signals() as stop,
     numbers.progress(label, schedule.steps, begin) as advance,
   ):
-    log = _log(workdir, schedule, begin, advance)
+    log = numbers.recorder(
+      workdir,
+      advance,
+      last=schedule.steps,
+      log_every=schedule.log_every,
+      max_bad_steps=schedule.max_bad_steps,
+    )
     next(log)
     for k in range(begin, schedule.steps):
       batch = jax.device_put(next(batches), place)
@@ -314,6 +302,28 @@ def train(
     log.close()
   _finish(checkpoints)
   return state, int(state.step) == schedule.steps
+
+
+def _compiled(recipe, tx, schedule, state):
+  """The jitted step: state donated, and left where it was."""
+  step = make_step(
+    recipe, tx, seed=schedule.seed, microbatches=schedule.microbatches
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
+
+
+def _resume(checkpoints, state, fixed, source, workdir, fallback):
+  """What the workdir holds, or `state`; logs are cut back to it."""
+  restored = checkpoint.restore(
+    checkpoints, state, fixed=fixed, fallback=fallback
+  )
+  if restored is not None:
+    state, source_state = restored
+    source.restore(source_state)
+  for name in ('metrics.jsonl', 'timing.jsonl'):
+    numbers.cut(workdir / name, int(state.step))
+  return state
 
 
 def _save(checkpoints, state, fixed, source) -> None:
@@ -342,46 +352,6 @@ def _not_saved(checkpoints, error) -> UserError:
 def _tokens(batch: Batch) -> Any:
   """Tokens a step handles: sampled ones, or all of a plain sequence."""
   return batch['mask'].sum() if 'mask' in batch else batch['tokens'].size
-
-
-def _log(workdir, schedule, begin, advance):
-  """A coroutine: send (step, metrics, tokens) after each step, None to flush.
-
-  A step is looked at when the next one has been dispatched, so that the device
-  never waits for the host.
-  """
-  pending, tokens, since = None, 0, time.monotonic()
-  row: dict[str, Any] = {}
-  while True:
-    item = yield
-    if pending is not None:
-      k, metrics, count = pending
-      metrics, count = jax.device_get((metrics, count))
-      tokens += int(count)
-      values = {name: float(m.value) for name, m in metrics.items()}
-      if values['skipped'] >= schedule.max_bad_steps:
-        raise UserError(
-          f'step {k}: loss or gradient was not finite for '
-          f'{int(values["skipped"])} steps in a row (max_bad_steps = '
-          f'{schedule.max_bad_steps}); the last checkpoint is unharmed'
-        )
-      if k % schedule.log_every == 0 or k == schedule.steps:
-        row = {'step': k, **values}
-        numbers.append(workdir / 'metrics.jsonl', row)
-        now = time.monotonic()
-        rate = tokens / (now - since)
-        timing = {'step': k, 'seconds': now - since, 'tokens': tokens}
-        numbers.append(
-          workdir / 'timing.jsonl', timing | {'tokens_per_s': rate}
-        )
-        advance(k, f'{_headline(row)} {rate:,.0f} tok/s')
-        tokens, since = 0, now
-    pending = item
-
-
-def _headline(row: dict[str, Any]) -> str:
-  shown = [name for name in ('reward', 'nll', 'anchor_kl') if name in row]
-  return ' '.join(f'{name} {row[name]:.3f}' for name in shown)
 
 
 @contextmanager

@@ -33,19 +33,20 @@ def get_config(variant: str = '') -> ConfigDict:
     'gemma',
     family='gemma2',
     vocab_size=c.vocab_size,
-    width=128 if tiny else 192,
-    hidden=256 if tiny else 512,
+    width=128 if tiny else 160,
+    hidden=256 if tiny else 384,
     layers=2 if tiny else 4,
     heads=4,
     kv_heads=2,
-    head_dim=32 if tiny else 48,
+    head_dim=32 if tiny else 40,
     window=32,
     init_std=0.02,
+    unroll=2,
   )
 
   # The start: next-token prediction until it writes recognisable Python.
-  c.pretrain = run(steps=100 if tiny else 900, batch_size=16)
-  c.pretrain.save_every = 50 if tiny else 150
+  c.pretrain = run(steps=100 if tiny else 1100, batch_size=8)
+  c.pretrain.save_every = 50 if tiny else 200
   c.pretrain.length = 128
   c.pretrain.recipe = defaults('recipes', 'sft')
   c.pretrain.optimizer = defaults(
@@ -60,26 +61,35 @@ def get_config(variant: str = '') -> ConfigDict:
 
   # Alignment: M runs from one start.
   c.runs = 2
-  c.align = run(steps=8 if tiny else 80, batch_size=16 if tiny else 32)
+  c.align = run(steps=8 if tiny else 120, batch_size=16 if tiny else 32)
   c.align.save_every = 4 if tiny else 20
   c.align.log_every = 1
-  c.align.prompt_tokens = 48
+  c.align.prompt_tokens = 32
   c.align.recipe = defaults(
-    'recipes', 'jbond', ema_rate=0.05, max_new_tokens=32 if tiny else 64
+    'recipes',
+    'jbond',
+    ema_rate=0.05,
+    temperature=0.8,
+    max_new_tokens=24 if tiny else 40,
   )
   c.align.reward = defaults('rewards', 'verify.python_code')
   c.align.optimizer = defaults(
-    'system', 'optimizer', lr=3e-4, warmup_steps=2 if tiny else 10
+    'system',
+    'optimizer',
+    lr=1e-3,
+    schedule='linear',
+    final_lr=1e-4,
+    warmup_steps=2 if tiny else 10,
   )
 
   c.liti_rates = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1.0)
   c.evaluate = ConfigDict(
     dict(
-      prompts=32 if tiny else 96,
+      prompts=32 if tiny else 128,
       responses=4,
       reference_responses=8,
       batch_size=32,
-      temperature=1.0,
+      temperature=c.align.recipe.temperature,
       max_new_tokens=c.align.recipe.max_new_tokens,
       samples=4 if tiny else 8,
     )

@@ -36,6 +36,7 @@ _room('merge', 'core', 'system', 'interop')
 _room('plan')
 _room('report', 'core')
 _room('cloud', 'core')
+_room('api')
 _room('cli')
 
 # Reading versions and data files by importlib imports nothing by name.

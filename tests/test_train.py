@@ -91,9 +91,7 @@ def test_sharded_equals_unsharded():
     results.append((state.params, float(found['loss/forward'].value)))
   for params, loss in results[:-1]:
     assert loss == pytest.approx(results[-1][1], rel=1e-5)
-    for a, b in zip(
-      jax.tree.leaves(params), jax.tree.leaves(results[-1][0])
-    ):
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(results[-1][0])):
       np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -123,9 +121,10 @@ def test_followers_move_after_the_update_and_in_float32():
     {role: lambda key: {'x': jnp.zeros(())} for role in ('policy', 'anchor')},
     follow={
       'anchor': Follow(
-        'policy', lambda step, leader, me: jax.tree.map(
+        'policy',
+        lambda step, leader, me: jax.tree.map(
           lambda a, b: 0.5 * a + 0.5 * b, leader, me
-        )
+        ),
       )
     },
   )

@@ -99,7 +99,12 @@ def _program(path: str) -> types.ModuleType:
     raise UserError(f'{path}: {error}') from None
   module = types.ModuleType(Path(path).stem)
   module.__file__ = os.path.abspath(path)
-  exec(code, module.__dict__)
+  try:
+    exec(code, module.__dict__)
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f'{path} imports {error.name!r}, which is not found from this folder'
+    ) from None
   return module
 
 

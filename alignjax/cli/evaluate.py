@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from alignjax.cli import config as configs
 from alignjax.cli import console
@@ -48,89 +49,118 @@ def main(argv: Sequence[str]) -> int:
   return console.OK
 
 
-def _evaluate(config, workdir: Path) -> None:
-  import jax
+class _Setting(NamedTuple):
+  """What all models of an evaluation share."""
 
+  tokens: Any
+  shape: Any
+  reward: Any
+  source: Any
+  batches: list
+  directories: dict[str, Any]
+  writers: dict[int, Any]
+
+
+def _setting(config) -> _Setting:
+  """Builds and checks everything before anything is computed."""
   from alignjax import evaluate
   from alignjax.cli import parts
   from alignjax.core import lookup
-  from alignjax.models import decoder
-  from alignjax.stages.score import names as score_names
-  from alignjax.system import metrics, model_dir
+  from alignjax.system import model_dir
 
   tokens = parts.tokenizer(config.tokenizer)
   shape = parts.model_config(config.model, tokens)
   model = parts.language_model(shape, tokens)
-  reward = lookup.build('rewards', config.reward, tokens)
   source = lookup.build(
     'data', config.source, tokens, config.batch_size, config.seed
   )
-  # All directories are looked at before anything is computed.
-  found = [model_dir.read(entry['path']) for entry in config.models]
-  for entry, directory in zip(config.models, found):
-    parts.check_config(directory, shape, f'models: {entry["name"]}')
+  directories = {}
+  for entry in config.models:
+    found = model_dir.read(entry['path'])
+    parts.check_config(found, shape, f'models: {entry["name"]}')
+    directories[entry['name']] = found
   if config.prompts > len(source) or config.prompts % config.batch_size:
     raise UserError(
       f'prompts = {config.prompts}: expected a multiple of batch_size = '
       f'{config.batch_size}, at most the {len(source)} prompts there are'
     )
+  return _Setting(
+    tokens=tokens,
+    shape=shape,
+    reward=lookup.build('rewards', config.reward, tokens),
+    source=source,
+    batches=[
+      source.batch(k) for k in range(config.prompts // config.batch_size)
+    ],
+    directories=directories,
+    writers={
+      count: evaluate.writer(
+        model,
+        count=count,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+      )
+      for count in (config.responses, config.reference_responses)
+    },
+  )
+
+
+def _evaluate(config, workdir: Path) -> None:
+  from alignjax.cli import parts
+  from alignjax.models import decoder
+  from alignjax.system import model_dir
+
+  setting = _setting(config)
   workdir.mkdir(parents=True, exist_ok=True)
   parts.compilation_cache(workdir)
-  settings = configs.plain(config)
-  settings.pop('models')
+  plain = configs.plain(config)
+  plain.pop('models')
 
-  def load(directory):
-    return decoder.stacked(shape, model_dir.load(directory))
-
-  order = sorted(
-    range(len(found)), key=lambda i: config.models[i]['name'] != config.reference
-  )
-  reference_params = load(found[order[0]])
-  batches = [
-    source.batch(k) for k in range(config.prompts // config.batch_size)
-  ]
-  writers = {
-    count: evaluate.writer(
-      model,
-      count=count,
-      max_new_tokens=config.max_new_tokens,
-      temperature=config.temperature,
+  def load(name):
+    return decoder.stacked(
+      setting.shape, model_dir.load(setting.directories[name])
     )
-    for count in (config.responses, config.reference_responses)
-  }
+
+  reference = load(config.reference)
+  others = [name for name in setting.directories if name != config.reference]
   results = {}
-  for i in order:
-    name = config.models[i]['name']
+  for name in (config.reference, *others):
     stamp = json.dumps(
-      [settings, model_dir.digest(found[i]), model_dir.digest(found[order[0]])],
+      [
+        plain,
+        model_dir.digest(setting.directories[name]),
+        model_dir.digest(setting.directories[config.reference]),
+      ],
       sort_keys=True,
     )
-    file = workdir / 'responses' / f'{re.sub(r"[^A-Za-z0-9.]+", "_", name)}.npz'
-    kept = _kept(file, stamp)
+    file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
+    kept = _kept(workdir / 'responses' / file, stamp)
     if kept is None:
-      is_reference = i == order[0]
-      bundle = {'policy': load(found[i]), 'reference': reference_params}
-      count = config.reference_responses if is_reference else config.responses
-      label = f'evaluate {len(results) + 1}/{len(order)} {name}'
-      with metrics.progress(label, config.prompts) as advance:
-        done = 0
-
-        def count_rows(rows, advance=advance):
-          nonlocal done
-          done += rows
-          advance(done)
-
-        kept = evaluate.responses(
-          writers[count],
-          bundle,
-          batches,
-          reward,
-          jax.random.key(config.seed),
-          count_rows,
-        )
-      _keep(file, stamp, kept)
+      bundle = {'policy': load(name), 'reference': reference}
+      label = f'evaluate {len(results) + 1}/{len(setting.directories)} {name}'
+      kept = _responses(config, setting, bundle, label, name)
+      _keep(workdir / 'responses' / file, stamp, kept)
     results[name] = kept
-  _write(config, workdir, tokens, source, batches, results, score_names(reward))
+  _write(config, workdir, setting, results)
+
+
+def _responses(config, setting: _Setting, bundle, label: str, name: str):
+  import jax
+
+  from alignjax import evaluate
+  from alignjax.system import metrics
+
+  is_reference = name == config.reference
+  count = config.reference_responses if is_reference else config.responses
+  with metrics.progress(label, config.prompts) as advance:
+    return evaluate.responses(
+      setting.writers[count],
+      bundle,
+      setting.batches,
+      setting.reward,
+      jax.random.key(config.seed),
+      advance,
+    )
 
 
 def _kept(file: Path, stamp: str):
@@ -160,12 +190,14 @@ def _keep(file: Path, stamp: str, found) -> None:
   os.replace(partial, file)
 
 
-def _write(config, workdir, tokens, source, batches, results, names) -> None:
+def _write(config, workdir: Path, setting: _Setting, results) -> None:
   import numpy as np
 
   from alignjax import evaluate
+  from alignjax.stages.score import names as score_names
   from alignjax.system import metrics
 
+  names = score_names(setting.reward)
   reference = results[config.reference]
   rows = [
     {
@@ -176,12 +208,16 @@ def _write(config, workdir, tokens, source, batches, results, names) -> None:
     }
     for entry in config.models
   ]
-  ids = np.concatenate([batch['id'] for batch in batches])[: config.samples]
+  ids = np.concatenate([batch['id'] for batch in setting.batches])[
+    : config.samples
+  ]
   samples = []
-  for p, (number, facts) in enumerate(zip(ids, source.records(ids))):
+  for p, (number, facts) in enumerate(zip(ids, setting.source.records(ids))):
     written = {}
     for name, found in results.items():
-      text = tokens.decode(found.response[p, 0][found.mask[p, 0]].tolist())
+      text = setting.tokens.decode(
+        found.response[p, 0][found.mask[p, 0]].tolist()
+      )
       score = float(found.rewards[p, 0, 0])
       written[name] = {'text': text, 'reward': score}
     samples.append(

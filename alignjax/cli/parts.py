@@ -79,7 +79,7 @@ def check_config(
   """UserError naming every field of a model that is not as expected."""
   expected = decoder.to_json(config)
   # How it is computed is free; what is computed is not.
-  free = ('dtype', 'remat', 'init_std')
+  free = ('dtype', 'remat', 'unroll', 'init_std')
   differ = [
     f'{field} is {found.config.get(field)!r}, expected {value!r}'
     for field, value in expected.items()
@@ -100,9 +100,7 @@ def start(
     if origin.startswith('@'):
       origins[role] = origin
       continue
-    origins[role], found = load_params(
-      origin, decoder_config, f'start.{role}'
-    )
+    origins[role], found = load_params(origin, decoder_config, f'start.{role}')
     digests[role] = model_dir.digest(found)
   return origins, digests
 

@@ -22,10 +22,16 @@ def main(argv: Sequence[str]) -> int:
     prog='alignjax report',
     description='One offline HTML file: reward-KL front, table, curves.',
   )
-  parser.add_argument('workdir', nargs='+', help='where runs were written')
+  parser.add_argument('workdir', nargs='*', help='where runs were written')
   parser.add_argument('--out', help='default: report.html in the first WORKDIR')
   parser.add_argument('--png', help='also write the front as a small PNG')
+  parser.add_argument('--config', help=argparse.SUPPRESS)
+  parser.add_argument('--workdir', dest='job', help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
+  if args.job:  # as a job: of the graph that it belongs to
+    args.workdir.append(str(Path(args.job).parent))
+  if not args.workdir:
+    parser.error('WORKDIR is needed')
 
   from alignjax.core.types import UserError
   from alignjax.report import front_png, report

@@ -54,10 +54,10 @@ def main(argv: Sequence[str]) -> int:
 
   import jax
 
-  from alignjax import model as models
+  from alignjax import api
 
-  model = models.load(args.path)
-  texts = models.sample(
+  model = api.load(args.path)
+  texts = api.sample(
     model,
     prompts,
     max_new_tokens=args.max_new_tokens,

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alignjax.cli import config as configs
 from alignjax.cli import console
@@ -63,9 +64,9 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   from alignjax import train
   from alignjax.cli import parts
   from alignjax.core import lookup, tree
-  from alignjax.models import decoder, gemma
+  from alignjax.models import gemma
   from alignjax.system import mesh as meshes
-  from alignjax.system import metrics, model_dir
+  from alignjax.system import metrics
 
   tokens = parts.tokenizer(config.tokenizer)
   shape = parts.model_config(config.model, tokens)
@@ -86,19 +87,14 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   workdir.mkdir(parents=True, exist_ok=True)
   parts.compilation_cache(workdir)
   _check_start(workdir / 'start.json', digests)
+  environment = json.dumps(_environment(), indent=2)
   metrics.write_atomic(workdir / 'config.json', configs.to_json(config))
-  metrics.write_atomic(
-    workdir / 'environment.json', json.dumps(_environment(), indent=2)
-  )
+  metrics.write_atomic(workdir / 'environment.json', environment)
   state = train.init_state(
     recipe, tx, schedule.seed, start=origins, mesh=mesh, table=gemma.SHARDING
   )
-  print(
-    f'{workdir.name}: {config.recipe.name}, '
-    f'{tree.size(state.params) / 1e6:.2f} M parameters, '
-    f'{len(source)} rows, {schedule.steps} steps',
-    file=sys.stderr,
-  )
+  size = f'{tree.size(state.params) / 1e6:.2f} M parameters'
+  _say(workdir, f'{config.recipe.name}, {size}, {schedule.steps} steps')
   state, finished = train.train(
     recipe,
     tx,
@@ -111,32 +107,40 @@ def _train(config, workdir: Path, fallback: bool) -> int:
     fallback=fallback,
   )
   if not finished:
-    print(
-      f'{workdir.name}: saved at step {int(state.step)} of {schedule.steps}; '
-      'the same command continues',
-      file=sys.stderr,
-    )
+    done = f'{int(state.step)} of {schedule.steps}'
+    _say(workdir, f'saved at step {done}; the same command continues')
     return console.INTERRUPTED
-  provenance = {
+  _export(config, workdir, recipe, state, shape, digests.get('policy'))
+  return console.OK
+
+
+def _export(config, workdir: Path, recipe, state, shape, init) -> None:
+  """One model directory for each role that moved; `init` is a digest."""
+  from alignjax.models import decoder
+  from alignjax.system import model_dir
+
+  provenance: dict[str, Any] = {
     'method': config.recipe.name,
-    'steps': schedule.steps,
-    'seed': schedule.seed,
+    'steps': config.steps,
+    'seed': config.seed,
   }
-  if 'policy' in digests:
-    provenance['init'] = {'checksum': digests['policy']}
-  for role in (*state.params, *state.frozen):
-    bundle = state.params if role in state.params else state.frozen
-    if recipe.follow.get(role, True) is None:
-      continue  # it never moved
+  if init is not None:
+    provenance['init'] = {'checksum': init}
+  for role, params in {**state.params, **state.frozen}.items():
+    if role in recipe.follow and recipe.follow[role] is None:
+      continue
     model_dir.write(
       workdir / ('model' if role == 'policy' else f'model_{role}'),
       config=decoder.to_json(shape),
-      params={'policy': decoder.canonical(bundle[role])},
+      params={'policy': decoder.canonical(params)},
       provenance=provenance | {'role': role},
       tokenizer=config.tokenizer or None,
       overwrite=True,
     )
-  return console.OK
+
+
+def _say(workdir: Path, text: str) -> None:
+  print(f'{workdir.name}: {text}', file=sys.stderr, flush=True)
 
 
 def _check_start(file: Path, digests: dict[str, str]) -> None:

@@ -29,7 +29,7 @@ objectives or condition weights, T positions. `seq_*` means summed over tokens.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ BATCH_FIELDS = frozenset(
 )
 
 
+@dataclass_transform(frozen_default=True)
 def _struct(cls):
   cls = dataclasses.dataclass(frozen=True)(cls)
   return jax.tree_util.register_dataclass(cls)
@@ -83,6 +84,11 @@ class Mean:
     empty = self.weight == 0
     return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1, self.weight))
 
+  @property
+  def number(self) -> float:
+    """`value` on the host, without dispatching anything to a device."""
+    return float(self.total) / float(self.weight) if self.weight else 0.0
+
 
 @_struct
 class Peak:
@@ -101,8 +107,12 @@ class Peak:
   def value(self) -> Array:
     return self.total
 
+  @property
+  def number(self) -> float:
+    return float(self.total)
 
-Metrics = dict[str, Mean | Peak]
+
+Metrics = Mapping[str, Mean | Peak]
 # term -> (coefficient, Mean). Terms with different denominators never mix.
 Loss = dict[str, tuple[float, Mean]]
 
@@ -224,7 +234,7 @@ class TrainState:
   skipped: Array
 
   def replace(self, **changes) -> 'TrainState':
-    return dataclasses.replace(self, **changes)
+    return dataclasses.replace(self, **changes)  # pyright: ignore
 
 
 class UserError(Exception):

@@ -42,9 +42,7 @@ class Rows:
 
   def batch(self, k: int) -> dict[str, np.ndarray]:
     """Batch k; goes through all rows before any comes again."""
-    order = (
-      grain.MapDataset.range(len(self)).seed(self.seed).shuffle().repeat()
-    )
+    order = grain.MapDataset.range(len(self)).seed(self.seed).shuffle().repeat()
     start = k * self.batch_size
     ids = np.array([order[start + i] for i in range(self.batch_size)])
     return self.rows(ids)
@@ -223,7 +221,9 @@ def _pieces(
   )
   out = []
   for document in found:
-    for i, piece in enumerate(texts.split(document, int(2.6 * length), rest=rest)):
+    for i, piece in enumerate(
+      texts.split(document, int(2.6 * length), rest=rest)
+    ):
       # A lone document is divided by piece, many are by document, so that
       # neighbouring pieces do not leak into the held-out part.
       unit = document.name if len(found) > 1 else f'{document.name}#{i}'

@@ -43,7 +43,8 @@ def over_tokens(
 
   def apply(features, arrays):
     logits = [
-      policy.head(weights, x) for (policy, weights, _), x in zip(parts, features)
+      policy.head(weights, x)
+      for (policy, weights, _), x in zip(parts, features)
     ]
     return fn(*logits, *arrays)
 

@@ -46,6 +46,8 @@ class Config:
     init_std: of every matrix at initialisation.
     dtype: compute dtype of activations and of the weights while computing.
     remat: what the backward pass recomputes: 'none', 'dots', 'full'.
+    unroll: pattern groups per iteration of the training scan; more compiles
+      longer and lets the compiler fuse across layers.
   """
 
   vocab_size: int
@@ -68,6 +70,7 @@ class Config:
   init_std: float = 0.01
   dtype: str = 'float32'
   remat: str = 'none'
+  unroll: int = 1
 
   def __post_init__(self):
     object.__setattr__(self, 'pattern', tuple(self.pattern))
@@ -185,7 +188,7 @@ def features(
     group = jax.checkpoint(group, policy=policy, prevent_cse=False)
     layer = jax.checkpoint(layer, policy=policy, static_argnums=2)
   if 'groups' in params:
-    x, _ = jax.lax.scan(group, x, params['groups'])
+    x, _ = jax.lax.scan(group, x, params['groups'], unroll=config.unroll)
   for i in range(config.layers // period * period, config.layers):
     x = layer(x, params[f'layer_{i}'], config.kind(i))
   return rms_norm(x, params['final_norm'])

@@ -48,6 +48,7 @@ def gemma(
   init_std: float = 0.01,
   dtype: str = 'float32',
   remat: str = 'none',
+  unroll: int = 1,
 ) -> Config:
   """A decoder of a Gemma generation; the defaults are Gemma 2 2B."""
   if family not in FAMILIES:
@@ -68,5 +69,6 @@ def gemma(
       init_std=init_std,
       dtype=dtype,
       remat=remat,
+      unroll=unroll,
     )
   )

@@ -43,5 +43,3 @@ def _policy(role: str) -> Policy:
     step=step,
     take=lambda cache, rows: jnp.take(cache, rows, axis=0),
   )
-
-

@@ -95,7 +95,8 @@ def bond(
     metrics = summary(
       arrange.first(batch, 1), logp[:, :1], entropy[:, :1], names=names(reward)
     )
-    return loss, metrics | {
+    return loss, {
+      **metrics,
       'log_quantile': Mean.of(batch['rewards'][:, 0, -1], own),
       'best_reward': Mean.of(batch['reward'][:, 1], best),
     }
@@ -120,4 +121,3 @@ def bond(
       compare,
     ),
   )
-

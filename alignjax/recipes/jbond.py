@@ -60,9 +60,7 @@ def jbond(
     returns = -LOSS_PENALTY * lost[:, None] - log_ratio
     advantage = arrange.advantage(returns, own, baseline=baseline)
     zeros = jnp.zeros_like(advantage)  # y* is imitated, not reinforced
-    return batch | {
-      'advantage': jnp.concatenate([advantage, zeros], axis=1)
-    }
+    return batch | {'advantage': jnp.concatenate([advantage, zeros], axis=1)}
 
   def objective(bundle, batch, key):
     del key
@@ -80,7 +78,8 @@ def jbond(
     metrics = summary(
       arrange.first(batch, 1), logp[:, :1], entropy[:, :1], names=names(reward)
     )
-    return loss, metrics | {'best_reward': Mean.of(batch['reward'][:, 1], best)}
+    best_reward = Mean.of(batch['reward'][:, 1], best)
+    return loss, {**metrics, 'best_reward': best_reward}
 
   return Recipe(
     objective=objective,
@@ -102,4 +101,3 @@ def jbond(
       compare,
     ),
   )
-

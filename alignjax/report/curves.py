@@ -114,7 +114,9 @@ def _facts(runs: Sequence[Run]) -> str:
   ]
   if speeds:
     out.append(f'median {_number(float(np.median(speeds)))} tokens/s')
-  spent = [sum(r.timing['seconds'].values) for r in runs if 'seconds' in r.timing]
+  spent = [
+    sum(r.timing['seconds'].values) for r in runs if 'seconds' in r.timing
+  ]
   if spent:
     each = ' each' if len(runs) > 1 else ''
     out.append(f'{_duration(sum(spent) / len(spent))} in steps{each}')
@@ -152,9 +154,7 @@ def _panel(
       )
       last = mean[np.isfinite(mean)]
       if len(last):
-        ends.append(
-          f'<b style="--ink:{colour}">{_number(float(last[-1]))}</b>'
-        )
+        ends.append(f'<b style="--ink:{colour}">{_number(float(last[-1]))}</b>')
     if _wide([s[key] for s in series if key in s]):
       axes.set_yscale('log')
     axes.margins(x=0.015, y=0.08)

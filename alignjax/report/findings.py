@@ -107,7 +107,9 @@ def _gain(evaluation: dict[str, Any]) -> str:
     win = interval(model, 'win_rate')
     if model['name'] == best.name and win:
       mean, low, high = (100 * v for v in win)
-      said += f'; it wins {mean:.0f}% [{low:.0f}%, {high:.0f}%] against the init'
+      said += (
+        f'; it wins {mean:.0f}% [{low:.0f}%, {high:.0f}%] against the init'
+      )
   return said + '.'
 
 
@@ -169,9 +171,7 @@ def _liti(evaluation: dict[str, Any]) -> str:
   above = []
   for p in inner:
     share = (p.x[0] - start.x[0]) / (end.x[0] - start.x[0])
-    above.append(
-      combined([(1, p.y), (-(1 - share), start.y), (-share, end.y)])
-    )
+    above.append(combined([(1, p.y), (-(1 - share), start.y), (-share, end.y)]))
   words = [verdict(a) for a in above]
   high, low = words.count('higher'), words.count('lower')
   count = len(inner)

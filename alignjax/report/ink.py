@@ -115,9 +115,7 @@ def svg(figure: Figure, title: str) -> str:
   text = re.sub(r'<defs>\s*</defs>\s*', '', text)
   text = re.sub(r'<!--.*?-->\s*', '', text, flags=re.S)
   used = set(re.findall(r'[(=]"?#([\w-]+)', text))
-  text = re.sub(
-    r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', text
-  )
+  text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', text)
   box = re.search(r'viewBox="[^"]*"', text)
   assert box is not None
   head = f'<svg {box[0]} role="img" aria-label="{title}">'

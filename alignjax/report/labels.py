@@ -45,9 +45,7 @@ def place(
     frame: (x0, y0, x1, y1) that labels must not leave.
   """
   options = [_options(p, s, frame) for p, s in zip(points, sizes)]
-  fixed = [
-    _fixed_cost(o, p, boxes, segments) for o, p in zip(options, points)
-  ]
+  fixed = [_fixed_cost(o, p, boxes, segments) for o, p in zip(options, points)]
   crowd = [sum(math.dist(p, q) < 60 for q in points) for p in points]
   order = sorted(range(len(points)), key=lambda i: (-crowd[i], i))
   chosen: dict[int, int] = {}

@@ -5,7 +5,6 @@ them at once. It needs no network and no script: a content security policy in
 the file itself forbids both, and the bytes depend on the inputs alone.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from html import escape
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignjax.core.types import UserError
-from alignjax.report import findings, ink
+from alignjax.report import findings
 from alignjax.report.curves import curves_html
 from alignjax.report.front import front_svg, sweep
 from alignjax.report.read import Found, found

@@ -103,7 +103,9 @@ def _share(model: dict[str, Any], name: str) -> str:
 
 def _indicators(models: Sequence[dict[str, Any]]) -> list[str]:
   """Names of the indicators that any model reports, in order of appearance."""
-  return list(dict.fromkeys(n for m in models for n in m.get('indicators') or ()))
+  return list(
+    dict.fromkeys(n for m in models for n in m.get('indicators') or ())
+  )
 
 
 def _best(models: Sequence[dict[str, Any]], column: Column) -> set[str]:

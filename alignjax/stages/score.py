@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Mean, Metrics, Peak, Policy, Reward, Stage
+from alignjax.core.types import (
+  Batch,
+  Mean,
+  Metrics,
+  Peak,
+  Policy,
+  Reward,
+  Stage,
+)
 from alignjax.losses.logprob import token_logp
 
 
@@ -58,7 +66,7 @@ def summary(
   log_ratio = jnp.sum(batch['sample_logp'] - batch['ref_logp'], axis=-1)
   # Weights are given per response, entropy per token.
   per_token = mask * weight[..., None]
-  out: Metrics = {
+  out: dict[str, Mean | Peak] = {
     'reward': Mean.of(batch['reward'], weight),
     'anchor_kl': Mean.of(log_ratio, weight),
     'length': Mean.of(jnp.sum(mask, axis=-1), weight),

@@ -80,9 +80,7 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 def check_rows(mesh: Mesh, batch_size: int, microbatches: int) -> None:
   """UserError unless every microbatch fills the data axes evenly."""
-  ways = math.prod(
-    mesh.shape[a] for a in ('data', 'fsdp') if a in mesh.shape
-  )
+  ways = math.prod(mesh.shape[a] for a in ('data', 'fsdp') if a in mesh.shape)
   if batch_size % (ways * microbatches):
     raise UserError(
       f'batch_size = {batch_size} is not a multiple of {microbatches} '

@@ -9,10 +9,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import jax
+
+from alignjax.core.types import Metrics, UserError
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -48,6 +52,51 @@ def write_atomic(path: Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def recorder(
+  workdir: Path,
+  advance: Callable,
+  *,
+  last: int,
+  log_every: int,
+  max_bad_steps: int,
+) -> Generator[None, tuple[int, Metrics, Any] | None, None]:
+  """A coroutine: send (step, metrics, tokens) after each step, None to flush.
+
+  A step is looked at when the next one has been dispatched, so that the device
+  never waits for the host. Writes a row of metrics.jsonl and timing.jsonl each
+  `log_every` steps and for the `last`.
+
+  Raises UserError when `skipped` reaches `max_bad_steps`.
+  """
+  pending, tokens, since = None, 0, time.monotonic()
+  while True:
+    item = yield
+    if pending is not None:
+      step, metrics, count = jax.device_get(pending)
+      tokens += int(count)
+      row = {name: metric.number for name, metric in metrics.items()}
+      if row['skipped'] >= max_bad_steps:
+        raise UserError(
+          f'step {step}: loss or gradient was not finite for '
+          f'{int(row["skipped"])} steps in a row (max_bad_steps = '
+          f'{max_bad_steps}); the last checkpoint is unharmed'
+        )
+      if step % log_every == 0 or step == last:
+        append(workdir / 'metrics.jsonl', {'step': int(step), **row})
+        seconds = time.monotonic() - since
+        timing = {'step': int(step), 'seconds': seconds, 'tokens': tokens}
+        rate = tokens / seconds
+        append(workdir / 'timing.jsonl', timing | {'tokens_per_s': rate})
+        advance(int(step), f'{_headline(row)} {rate:,.0f} tok/s')
+        tokens, since = 0, time.monotonic()
+    pending = item
+
+
+def _headline(row: dict[str, float]) -> str:
+  shown = [name for name in ('reward', 'nll', 'anchor_kl') if name in row]
+  return ' '.join(f'{name} {row[name]:.3f}' for name in shown)
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def optimizer(
     core = optax.trace(b1) if b1 else optax.identity()
   else:
     raise UserError(
-      f'optimizer.algorithm: found {algorithm!r}, expected one of {list(ALGORITHMS)}'
+      f'optimizer.algorithm: found {algorithm!r}, expected one of '
+      f'{list(ALGORITHMS)}'
     )
   parts = [core, optax.scale_by_learning_rate(rate)]
   if weight_decay:
@@ -120,4 +121,3 @@ def _schedule(steps, schedule, lr, warmup_steps, final_lr):
   # Counted from 1: a first step at rate 0 would do nothing.
   warm = optax.linear_schedule(lr / warmup_steps, lr, warmup_steps - 1)
   return optax.join_schedules([warm, main], [warmup_steps])
-

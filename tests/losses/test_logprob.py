@@ -78,9 +78,7 @@ def test_entropy_and_kl_against_float64():
   rng = np.random.default_rng(1)
   a, b = rng.normal(size=(2, 5, 11)) * 3
   p, q = log_softmax(a, -1), log_softmax(b, -1)
-  np.testing.assert_allclose(
-    kl(a, b), (np.exp(p) * (p - q)).sum(-1), rtol=1e-5
-  )
+  np.testing.assert_allclose(kl(a, b), (np.exp(p) * (p - q)).sum(-1), rtol=1e-5)
   np.testing.assert_allclose(kl(a, a), 0, atol=1e-6)
   batch = tiny.batch(2) | {
     'response': jnp.full((2, 1, 4), 20),
@@ -89,9 +87,7 @@ def test_entropy_and_kl_against_float64():
   _, nats = token_scores(POLICY, BUNDLE['policy'], batch)
   features, _ = POLICY.features(BUNDLE['policy'], batch)
   logp = log_softmax(np.asarray(POLICY.head(BUNDLE['policy'], features)), -1)
-  np.testing.assert_allclose(
-    nats, -(np.exp(logp) * logp).sum(-1), rtol=1e-4
-  )
+  np.testing.assert_allclose(nats, -(np.exp(logp) * logp).sum(-1), rtol=1e-4)
 
 
 def test_leave_one_out_uses_the_others_only():

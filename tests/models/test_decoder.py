@@ -117,9 +117,7 @@ def test_packed_documents_do_not_see_each_other():
     jnp.concatenate([jnp.full(15, 1), jnp.full(25, 2)])[None],
   )
   alone = [decoder.apply(config, params, x) for x in (first, second)]
-  np.testing.assert_allclose(
-    packed, jnp.concatenate(alone, axis=1), atol=2e-5
-  )
+  np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=2e-5)
 
 
 def test_the_window_counts_the_query_itself():

@@ -76,9 +76,7 @@ def test_without_the_second_term_the_target_is_another(n, distance):
     golden = [0.016327, 0.097959, 0.293878, 0.346939, 0.244898]
     np.testing.assert_allclose(target, golden, atol=6e-7)
   recipe = exact(n, 1.0, discrete_correction=False)
-  found, _ = bandit.run(
-    recipe, bandit.natural_gradient(0.5), rows=1, steps=100
-  )
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.5), rows=1, steps=100)
   np.testing.assert_allclose(found, target, atol=1e-5)
   gap = 0.5 * np.abs(found - bandit.best_of(bandit.REF, n)).sum()
   np.testing.assert_allclose(gap, distance, atol=5e-4)

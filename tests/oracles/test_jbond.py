@@ -45,9 +45,7 @@ def solve(weight, gamma):
   low, high = -50.0, 50.0
   for _ in range(200):
     middle = (low + high) / 2
-    low, high = (
-      (middle, high) if policy(middle).sum() < 1 else (low, middle)
-    )
+    low, high = (middle, high) if policy(middle).sum() < 1 else (low, middle)
   return policy(low)
 
 
@@ -160,9 +158,7 @@ def test_gradient_does_not_flow_through_the_log_ratio():
   recipe = recipe._replace(
     stages=(enumerate_arms(draws, arms=5), *recipe.stages[1:])
   )
-  found, _ = bandit.run(
-    recipe, bandit.natural_gradient(0.5), rows=1, steps=20
-  )
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.5), rows=1, steps=20)
   np.testing.assert_allclose(found, bandit.REF, atol=1e-6)
 
 

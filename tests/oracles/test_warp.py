@@ -106,9 +106,7 @@ def test_temperature_is_sampled_and_scored_alike():
   policy = tempered(model.policy('policy'), temperature)
   arms = enumerate_arms([(policy, 1)], arms=5)
   recipe = recipe._replace(stages=(arms, *recipe.stages[1:]))
-  _, state = bandit.run(
-    recipe, bandit.natural_gradient(0.2), rows=1, steps=600
-  )
+  _, state = bandit.run(recipe, bandit.natural_gradient(0.2), rows=1, steps=600)
   z = np.asarray(state.params['policy']['logits'][0], np.float64)
   found = np.exp(z / temperature) / np.exp(z / temperature).sum()
   anchor = bandit.REF ** (1 / temperature)

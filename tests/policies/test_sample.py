@@ -57,9 +57,7 @@ def test_illegal_tokens_never_appear_and_carry_no_mass():
 def test_a_prompts_responses_do_not_depend_on_its_batch():
   whole = draw(tiny.batch(8))
   part = {name: x[2:5] for name, x in tiny.batch(8).items()}
-  np.testing.assert_array_equal(
-    draw(part)['response'], whole['response'][2:5]
-  )
+  np.testing.assert_array_equal(draw(part)['response'], whole['response'][2:5])
 
 
 def test_the_stop_token_ends_a_response_and_belongs_to_it():
@@ -109,7 +107,8 @@ def test_greedy_takes_the_likeliest_token():
 
 def test_left_padding_is_invisible():
   batch = tiny.batch(1)
-  wide = {'id': batch['id'], 'prompt': jnp.pad(batch['prompt'], ((0, 0), (9, 0)))}
-  np.testing.assert_array_equal(
-    draw(batch)['response'], draw(wide)['response']
-  )
+  wide = {
+    'id': batch['id'],
+    'prompt': jnp.pad(batch['prompt'], ((0, 0), (9, 0))),
+  }
+  np.testing.assert_array_equal(draw(batch)['response'], draw(wide)['response'])

@@ -43,9 +43,7 @@ def evaluation():
   ]
   for rate in rates:
     reward = 0.45 + 0.265 * math.sin(rate * math.pi / 2)
-    models.append(
-      model(f'liti_{rate:g}', 'liti', reward, 8.1 * rate**2, rate)
-    )
+    models.append(model(f'liti_{rate:g}', 'liti', reward, 8.1 * rate**2, rate))
   best_of_n = [
     {
       'n': n,
@@ -73,7 +71,9 @@ def sample(i):
     '      raise TypeError("expected an int <not a str> & more")\n'
     '    return self._table[value % len(self._table)]\n'
   )
-  bad = '    self._x = = value )\n        retur n\n  # see http://example.com/x\n'
+  bad = (
+    '    self._x = = value )\n        retur n\n  # see http://example.com/x\n'
+  )
   texts = {
     'init': (bad * (1 + i), 0.31),
     'align_1': (good, 0.92),

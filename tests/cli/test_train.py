@@ -1,0 +1,338 @@
+"""The real `alignjax train`: killed at any moment, it continues bit for bit."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignjax.cli import config as configs
+from alignjax.cli import console
+from alignjax.cli import train as verb
+from alignjax.core.types import UserError
+
+PIECE = '''
+def add_{i}(left, right):
+    """Return the sum."""
+    total = left + right * {i}
+    for step in range({i}):
+        total += step
+    return total
+
+'''
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text')
+  for i in range(40):
+    (path / f'file_{i:02}.py').write_text(PIECE.format(i=i) * 3)
+  return path
+
+
+def settings(text, method, **changes):
+  """A run of a minute's worth of steps at most, as resolved JSON."""
+  from alignjax.core.lookup import defaults
+
+  config = {
+    'tokenizer': '',
+    'model': defaults(
+      'models',
+      'gemma',
+      vocab_size=262,
+      width=32,
+      hidden=48,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      window=16,
+      init_std=0.1,
+    ),
+    'mesh': {'data': -1},
+    'seed': 3,
+    'steps': 12,
+    'batch_size': 4,
+    'microbatches': 1,
+    'log_every': 1,
+    'save_every': 2,
+    'keep': 3,
+    'max_bad_steps': 3,
+    'optimizer': defaults('system', 'optimizer', warmup_steps=2),
+    'start': {},
+  }
+  if method == 'sft':
+    config['recipe'] = defaults('recipes', 'sft')
+    config['source'] = defaults(
+      'data', 'sources.text', path=str(text), length=64
+    )
+  else:
+    numbers = {'max_new_tokens': 8}
+    if method == 'bond':
+      numbers |= {'n': 2, 'quantile_count': 4, 'anchor_period': 3}
+    config['recipe'] = defaults('recipes', method, **numbers)
+    config['reward'] = defaults('rewards', 'verify.python_code')
+    config['source'] = defaults(
+      'data', 'sources.prompts', path=str(text), prompt_tokens=48
+    )
+  return configs.plain(config | changes)
+
+
+def write(path: Path, config) -> Path:
+  path.write_text(json.dumps(config))
+  return path
+
+
+def command(file, workdir, *more):
+  return [
+    sys.executable,
+    '-m',
+    'alignjax.cli.train',
+    f'--config={file}',
+    f'--workdir={workdir}',
+    *more,
+  ]
+
+
+ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}
+
+
+def go(file, workdir, *more, **options):
+  return subprocess.run(
+    command(file, workdir, *more),
+    env=ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    **options,
+  )
+
+
+def same_results(a: Path, b: Path):
+  assert (a / 'metrics.jsonl').read_bytes() == (
+    b / 'metrics.jsonl'
+  ).read_bytes()
+  for model in sorted(p.name for p in b.glob('model*')):
+    sums = [
+      json.loads((w / model / 'model.json').read_text())['checksums']
+      for w in (a, b)
+    ]
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize('method', ['sft', 'jbond', 'warp', 'bond'])
+def test_kill_9_at_any_moment(method, text, tmp_path):
+  """Kills between and inside steps, stages and saves; nothing is different."""
+  file = write(tmp_path / 'c.json', settings(text, method))
+  whole = tmp_path / 'whole'
+  done = go(file, whole)
+  assert done.returncode == 0, done.stderr
+  # Killed in three lives, later each time; the fourth may finish.
+  killed = tmp_path / 'killed'
+  shutil.copytree(whole / '.jax_cache', killed / '.jax_cache')
+  rng = random.Random(method)
+  kills = 0
+  for _ in range(3):
+    process = subprocess.Popen(
+      command(file, killed), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    begun = _lines(killed)
+    # Once it makes steps, any moment: a step here takes milliseconds.
+    deadline = time.monotonic() + 120
+    while _lines(killed) <= begun and process.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+    time.sleep(rng.random() * 0.2)
+    process.kill()
+    kills += process.wait() == -signal.SIGKILL
+  assert kills >= 1
+  done = go(file, killed)
+  assert done.returncode == 0, done.stderr
+  same_results(killed, whole)
+
+
+def _lines(workdir: Path) -> int:
+  file = workdir / 'metrics.jsonl'
+  return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+def test_sigterm_saves_and_exits_75(text, tmp_path):
+  config = settings(text, 'jbond', save_every=1000)
+  file = write(tmp_path / 'c.json', config)
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  assert go(file, whole).returncode == 0
+  for number in (signal.SIGTERM, signal.SIGINT):
+    process = subprocess.Popen(
+      command(file, stopped), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    begun = _lines(stopped)
+    while _lines(stopped) <= begun and process.poll() is None:
+      time.sleep(0.002)
+    process.send_signal(number)
+    assert process.wait(60) in (console.INTERRUPTED, console.OK)
+    assert list((stopped / 'checkpoints').glob('[0-9]*'))
+  assert go(file, stopped).returncode == 0
+  same_results(stopped, whole)
+
+
+@pytest.fixture(scope='module')
+def finished(text, tmp_path_factory):
+  root = tmp_path_factory.mktemp('finished')
+  file = write(root / 'c.json', settings(text, 'sft'))
+  assert go(file, root / 'w').returncode == 0
+  return file, root / 'w'
+
+
+def test_a_finished_run_is_not_run_again(finished):
+  file, workdir = finished
+  before = (workdir / 'metrics.jsonl').stat().st_mtime_ns
+  again = go(file, workdir)
+  assert again.returncode == 0
+  assert (workdir / 'metrics.jsonl').stat().st_mtime_ns >= before
+  assert _lines(workdir) == 12
+
+
+def test_the_workdir_of_another_run_is_refused(finished, text, tmp_path):
+  _, workdir = finished
+  file = write(tmp_path / 'other.json', settings(text, 'sft', seed=4))
+  with pytest.raises(UserError, match='another run: seed: 3 -> 4'):
+    verb.main([f'--config={file}', f'--workdir={workdir}'])
+
+
+def damage(step: Path):
+  """Flips bytes in the largest file of a checkpoint."""
+  files = [f for f in step.rglob('*') if f.is_file() and 'meta' not in str(f)]
+  file = max(files, key=lambda f: f.stat().st_size)
+  data = bytearray(file.read_bytes())
+  for i in range(len(data) // 3, len(data) // 3 + 64):
+    data[i] ^= 0xFF
+  file.write_bytes(data)
+
+
+@pytest.mark.parametrize('how', ['damaged', 'truncated'])
+def test_a_bad_checkpoint_is_named_and_the_one_before_used(
+  how, finished, tmp_path
+):
+  file, done = finished
+  workdir = tmp_path / 'w'
+  shutil.copytree(done, workdir)
+  steps = sorted(
+    (workdir / 'checkpoints').glob('[0-9]*'), key=lambda p: int(p.name)
+  )
+  assert [p.name for p in steps] == ['8', '10', '12']
+  if how == 'damaged':
+    damage(steps[-1])
+  else:
+    for part in (steps[-1] / 'state').rglob('*'):
+      if part.is_file():
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  refused = go(file, workdir)
+  assert refused.returncode == 2
+  assert 'checkpoint 12' in refused.stderr and '--fallback' in refused.stderr
+  assert 'Traceback' not in refused.stderr
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+  allowed = go(file, workdir, '--fallback')
+  assert allowed.returncode == 0, allowed.stderr
+  same_results(workdir, done)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(text, tmp_path):
+  """The write of a checkpoint fails as on a full disk."""
+  file = write(tmp_path / 'c.json', settings(text, 'sft'))
+  workdir = tmp_path / 'w'
+  part = write(tmp_path / 'p.json', settings(text, 'sft', save_every=6))
+  process = subprocess.Popen(
+    command(part, workdir), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+  )
+  while not list(workdir.glob('checkpoints/6')) and process.poll() is None:
+    time.sleep(0.002)
+  process.send_signal(signal.SIGTERM)
+  process.wait()
+  steps = {int(p.name) for p in workdir.glob('checkpoints/[0-9]*')}
+  if 12 in steps:
+    shutil.rmtree(workdir / 'checkpoints' / '12')
+  # No file may grow beyond 16 KiB: what a checkpoint needs does not fit.
+  limited = go(
+    part,
+    workdir,
+    preexec_fn=lambda: resource.setrlimit(
+      resource.RLIMIT_FSIZE, (1 << 14, 1 << 14)
+    ),
+  )
+  assert limited.returncode == 2, limited.stderr
+  assert 'could not write a checkpoint' in limited.stderr
+  assert 'Traceback' not in limited.stderr
+  assert (workdir / 'checkpoints' / '6').exists()
+  assert go(part, workdir).returncode == 0
+  assert file.exists()
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'source': {'path': '/nowhere'}}, '/nowhere: no such file'),
+    ({'model': {'vocab_size': 100}}, 'smaller than the tokenizer'),
+    ({'model': {'kv_heads': 3}}, 'not a multiple'),
+    ({'recipe': {'max_tokens': 3}}, 'max_tokens.*did you mean'),
+    ({'recipe': {'baseline': 'mean'}}, "baseline: found 'mean'"),
+    ({'batch_size': 6, 'microbatches': 4}, 'batch_size = 6 is not a multiple'),
+    ({'mesh': {'rows': -1}}, "no axis 'rows'"),
+    ({'mesh': {'data': 64}}, 'does not fill'),
+    ({'start': {'policy': '/nowhere'}}, 'no model directory at /nowhere'),
+    ({'optimizer': {'schedule': 'step'}}, "schedule: found 'step'"),
+    ({'tokenizer': '/nowhere.model'}, '/nowhere.model'),
+    ({'source': {'prompt_tokens': 4}}, 'no text is long enough for a prompt'),
+  ],
+)
+def test_bad_input_is_one_sentence_before_any_compute(
+  change, message, text, tmp_path
+):
+  config = settings(text, 'jbond')
+  for field, value in change.items():
+    if isinstance(value, dict) and field != 'mesh':
+      config[field] = config[field] | value
+    else:
+      config[field] = value
+  file = write(tmp_path / 'c.json', config)
+  workdir = tmp_path / 'w'
+  with pytest.raises(UserError, match=message) as error:
+    verb.main([f'--config={file}', f'--workdir={workdir}'])
+  assert '\n' not in str(error.value)
+  assert not workdir.exists()
+
+
+def test_chat_data_has_its_loss_on_model_turns_only(tmp_path):
+  rows = [
+    [
+      {'role': 'user', 'content': f'What is {i} + 1?'},
+      {'role': 'model', 'content': f'{i + 1}'},
+    ]
+    for i in range(8)
+  ]
+  path = tmp_path / 'chat.jsonl'
+  path.write_text(''.join(json.dumps({'messages': r}) + '\n' for r in rows))
+  from alignjax.data import sources
+  from alignjax.data.tokenizer import ByteTokenizer
+
+  tokenizer = ByteTokenizer()
+  source = sources.chat(tokenizer, 2, 0, path=str(path), length=64)
+  fields = source.batch(0)
+  learnt = tokenizer.decode(fields['tokens'][fields['loss_mask']].tolist())
+  assert set(learnt) <= set('0123456789\n ')
+  ends = fields['tokens'] == tokenizer.end_of_turn
+  assert (fields['loss_mask'] & ends).sum() * 2 == ends.sum()
+  path.write_text(json.dumps({'text': 'x'}) + '\n')
+  with pytest.raises(UserError, match="row 1: no field 'messages'"):
+    sources.chat(tokenizer, 2, 0, path=str(path))
+  path.write_text(json.dumps({'messages': rows[0][:1] * 2}) + '\n')
+  with pytest.raises(UserError, match='row 1'):
+    sources.chat(tokenizer, 2, 0, path=str(path))
+  assert np.array_equal(source.batch(3)['id'], source.batch(3)['id'])

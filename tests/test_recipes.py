@@ -1,0 +1,89 @@
+"""Every file in recipes/ on tiny parts: shapes, fields, determinism."""
+
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import alignjax
+from alignjax import train
+from alignjax.core import lookup
+from alignjax.core.types import BATCH_FIELDS
+from alignjax.system.optimizer import optimizer
+from tests import tiny
+from tests.test_train import text_source
+
+NAMES = sorted(
+  path.stem
+  for path in (Path(alignjax.__file__).parent / 'recipes').glob('[!_]*.py')
+)
+PARTS = {'reward': tiny.evenness}
+
+
+def build(name):
+  fn = lookup.find('recipes', name)
+  parts = [
+    tiny.model() if parameter.name == 'model' else PARTS[parameter.name]
+    for parameter in inspect.signature(fn).parameters.values()
+    if parameter.kind is not parameter.KEYWORD_ONLY
+  ]
+  numbers = lookup.defaults('recipes', name)
+  if 'max_new_tokens' in numbers:
+    numbers.max_new_tokens = 6
+  return lookup.build('recipes', numbers, *parts)
+
+
+def batch_for(recipe):
+  if recipe.stages:
+    return tiny.batch(4)
+  return jax.tree.map(jnp.asarray, text_source(batch_size=4).batch(0))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_three_steps(name):
+  recipe = build(name)
+  tx = optimizer(3, lr=1e-2)
+  results = []
+  for _ in range(2):
+    state = train.init_state(recipe, tx, 0)
+    start = state
+    step = jax.jit(train.make_step(recipe, tx))
+    for _ in range(3):
+      batch = train.stage_batch(recipe, state, batch_for(recipe), 0)
+      assert set(batch) <= BATCH_FIELDS
+      assert {len(field) for field in batch.values()} == {4}
+      state, metrics = step(state, batch)
+    assert metrics['skipped'].number == 0
+    assert all(np.isfinite(metric.number) for metric in metrics.values())
+    results.append(state)
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()), start.params, state.params
+  )
+  assert min(jax.tree.leaves(moved)) > 0
+  jax.tree.map(np.testing.assert_array_equal, *results)
+  if 'logprob_gap' in metrics:
+    assert metrics['logprob_gap'].number < 1e-4
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_file_says_what_it_is(name):
+  module = inspect.getmodule(lookup.find('recipes', name))
+  assert module is not None and len(module.__doc__ or '') > 80
+
+
+def test_alignment_raises_its_reward():
+  # Not a bandit: a decoder that samples, scores, compares and learns.
+  recipe = build('jbond')
+  tx = optimizer(40, lr=1e-2)
+  state = train.init_state(recipe, tx, 0)
+  step = jax.jit(train.make_step(recipe, tx))
+  source, rewards = tiny.prompt_source(batch_size=32), []
+  for k in range(40):
+    batch = jax.tree.map(jnp.asarray, source.batch(k))
+    batch = train.stage_batch(recipe, state, batch, 0)
+    state, metrics = step(state, batch)
+    rewards.append(metrics['reward'].number)
+  assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
