@@ -48,11 +48,6 @@ setup(
   ],
   extras_require={
     'tpu': ['jax[tpu]'],
-    'gcs': ['gcsfs'],
-    'hf': ['datasets'],
-    'plan': ['libtpu'],
-    'tensorboard': ['tensorboard'],
-    'wandb': ['wandb'],
     'test': TEST,
   },
   entry_points={'console_scripts': ['alignjax = alignjax.cli.__main__:main']},

@@ -6,6 +6,7 @@ KL is measured two ways: exactly at every visited prefix and summed over the
 response (low variance), and as the sampled log-ratio.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,17 +111,21 @@ def responses(
   batches: Sequence[Batch],
   reward: Reward,
   key,
-  advance: Callable[[int], None] = lambda done: None,
+  advance: Callable[[int, str], None] = lambda done, text: None,
 ) -> Responses:
   """Everything one model writes to all batches; `advance(prompts done)`."""
-  parts, done = [], 0
+  parts, done, tokens, begun = [], 0, 0, time.monotonic()
   for batch in batches:
     out = write(bundle, batch, key)
     scored = batch | {name: out[name] for name in ('response', 'mask')}
     out['rewards'] = reward(bundle, scored, key)
     parts.append({name: np.asarray(x) for name, x in out.items()})
     done += len(batch['id'])
-    advance(done)
+    tokens += int(out['mask'].sum())
+    rate = tokens / (time.monotonic() - begun)
+    advance(
+      done, f'reward {out["rewards"][..., 0].mean():.3f} {rate:,.0f} tok/s'
+    )
   joined = {
     name: np.concatenate([part[name] for part in parts])
     for name in parts[0]

@@ -116,8 +116,8 @@ def _book(workdir: Path, name: str, fact: Mapping[str, Any]) -> Book:
   command = ('verb', 'arguments')
   changes = config.difference(mark['config'], fact['config'])
   changes += config.difference(
-    {key: mark[key] for key in command} | {'needs': [*mark['needs']]},
-    {key: fact[key] for key in command} | {'needs': [*fact['needs']]},
+    {key: mark[key] for key in command} | {'needs': sorted(mark['needs'])},
+    {key: fact[key] for key in command} | {'needs': sorted(fact['needs'])},
   )
   return Book(stage, changes or ['what it needs has changed'])
 
@@ -249,6 +249,9 @@ def _execute(
   books: Mapping[str, Book],
 ) -> int:
   facts, began = jobs.facts(graph), time.monotonic()
+  # Jobs of one graph compile the same programs: the second run is free of it.
+  cache = (args.workdir / '.jax_cache').resolve()
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
   done = {name for name, book in books.items() if book.stage == 'finished'}
   with local.children() as run:
     for number, job in enumerate(graph, 1):

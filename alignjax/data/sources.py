@@ -245,14 +245,16 @@ def _rows(fields, batch_size: int, seed: int) -> Rows:
 
 
 def _json_rows(path: str) -> Iterator[dict[str, Any]]:
-  if not path or not Path(path).exists():
+  if not path or not Path(path).is_file():
     raise UserError(f'source.path: no such file: {path!r}')
-  with open(path, encoding='utf-8') as file:
-    for number, line in enumerate(file, start=1):
-      try:
-        row = json.loads(line)
-      except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}, row {number}: not JSON ({error})') from None
-      if not isinstance(row, dict):
-        raise UserError(f'{path}, row {number}: expected an object')
-      yield row
+  lines = Path(path).read_bytes().splitlines()
+  if not any(line.strip() for line in lines):
+    raise UserError(f'{path}: empty, expected one JSON object a line')
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+    except ValueError as error:  # of JSON or of UTF-8
+      raise UserError(f'{path}, row {number}: not JSON ({error})') from None
+    if not isinstance(row, dict):
+      raise UserError(f'{path}, row {number}: expected an object')
+    yield row

@@ -152,6 +152,11 @@ def init(config: Config, key) -> Params:
   return stacked(config, params)
 
 
+def cast(config: Config, params: Params) -> Params:
+  """Parameters in the compute dtype: once per call, outside any loop."""
+  return tree.cast(params, config.dtype)
+
+
 def stacked(config: Config, params: Params) -> Params:
   """Canonical tree -> what this module computes with."""
   return tree.stack(params, len(config.pattern))
@@ -169,8 +174,10 @@ def features(
   position: Int[Array, 'B T'],
   segment: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T D']:
-  """Whole sequences up to the normalised last hidden state."""
-  params = tree.cast(params, config.dtype)
+  """Whole sequences up to the normalised last hidden state.
+
+  `params` are stacked, in the compute dtype (`cast`).
+  """
   x = _embed(config, params, tokens)
   period = len(config.pattern)
 
@@ -198,9 +205,11 @@ def unembed(
   config: Config, params: Params, x: Float[Array, '... D']
 ) -> Float[Array, '... V']:
   """Float32 logits of features."""
-  table = params['embedding'].astype(config.dtype)
   logits = jnp.einsum(
-    '...d,vd->...v', x, table, preferred_element_type=jnp.float32
+    '...d,vd->...v',
+    x,
+    params['embedding'],
+    preferred_element_type=jnp.float32,
   )
   if config.final_softcap is not None:
     logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
@@ -214,7 +223,8 @@ def apply(
   position: Int[Array, 'B T'] | None = None,
   segment: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T V']:
-  """Logits of whole sequences: `unembed` of `features`."""
+  """Logits of whole sequences: `unembed` of `features`, parameters cast."""
+  params = cast(config, params)
   if position is None:
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   x = features(config, params, tokens, position, segment)
@@ -247,9 +257,9 @@ def extend(
   """Features of the next T columns (a prompt chunk or one token).
 
   Equals `features` of the whole sequence at those columns; position -1 marks
-  padding.
+  padding. `params` are canonical, in the compute dtype: a decode loop must not
+  slice or cast weights for every token.
   """
-  params = canonical(tree.cast(params, config.dtype))
   x = _embed(config, params, tokens)
   layers = []
   for i in range(config.layers):
@@ -266,6 +276,6 @@ def extend(
 
 
 def _embed(config: Config, params: Params, tokens):
-  table = params['embedding'].astype(config.dtype)
+  table = params['embedding']
   # The released weights expect sqrt(D) in the dtype of the table.
   return table[tokens] * jnp.sqrt(jnp.float32(config.width)).astype(table.dtype)

@@ -5,11 +5,23 @@ laid out, positions skip left padding, and features are shifted so that the
 i-th one predicts the i-th response token.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Bundle, Model, Policy
+from alignjax.core.types import Batch, Bundle, Model, Params, Policy
 from alignjax.models import decoder
 from alignjax.policies.combine import restrict
+
+
+class Layouts(NamedTuple):
+  """One set of weights, cast, as training scans it and as decoding reads it.
+
+  What a jitted caller does not use is never computed.
+  """
+
+  scanned: Params
+  layers: Params
 
 
 def model(config: decoder.Config, tokenizer) -> Model:
@@ -31,13 +43,15 @@ def model(config: decoder.Config, tokenizer) -> Model:
 def lm(config: decoder.Config, role: str, pad: int = 0) -> Policy:
   """The bare distribution of `role`: raw logits, nothing masked."""
 
-  def view(bundle: Bundle, batch: Batch):
-    return bundle[role]
+  def view(bundle: Bundle, batch: Batch) -> Layouts:
+    params = decoder.cast(config, bundle[role])
+    return Layouts(params, decoder.canonical(params))
 
-  def features(weights, batch: Batch):
+  def features(weights: Layouts, batch: Batch):
     if 'response' not in batch:
+      tokens, position = batch['tokens'], batch['position']
       x = decoder.features(
-        config, weights, batch['tokens'], batch['position'], batch['segment']
+        config, weights.scanned, tokens, position, batch['segment']
       )
       return x[:, :-1], {}
     prompt, response = batch['prompt'], batch['response']
@@ -48,19 +62,19 @@ def lm(config: decoder.Config, role: str, pad: int = 0) -> Policy:
     position = _position(prompt, pad, width + length)
     position = jnp.repeat(position, count, axis=0)
     tokens = tokens.reshape(rows * count, width + length)
-    x = decoder.features(config, weights, tokens, position)
+    x = decoder.features(config, weights.scanned, tokens, position)
     # Column width - 1 + i predicts response token i.
     x = x[:, width - 1 : -1]
     return x.reshape(rows, count, length, -1), {}
 
   def head(weights, x):
-    return decoder.unembed(config, weights, x)
+    return decoder.unembed(config, weights.scanned, x)
 
   def start(weights, batch: Batch, length: int):
     prompt = batch['prompt']
     position = _position(prompt, pad, prompt.shape[1])
     cache = decoder.empty_cache(config, prompt.shape[0], length)
-    x, cache = decoder.extend(config, weights, prompt, position, cache)
+    x, cache = decoder.extend(config, weights.layers, prompt, position, cache)
     cache['next'] = position[:, -1] + 1
     return head(weights, x[:, -1]), cache
 
@@ -68,7 +82,7 @@ def lm(config: decoder.Config, role: str, pad: int = 0) -> Policy:
     position = cache['next']
     inner = {'column': cache['column'], 'layers': cache['layers']}
     x, inner = decoder.extend(
-      config, weights, tokens[:, None], position[:, None], inner
+      config, weights.layers, tokens[:, None], position[:, None], inner
     )
     return head(weights, x[:, 0]), inner | {'next': position + 1}
 

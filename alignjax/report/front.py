@@ -87,9 +87,15 @@ def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
   with ink.style('png'):
     figure = draw(evaluation)
     FigureCanvasAgg(figure).print_figure(
-      buffer, dpi=72 * 1.5, format='png', metadata={'Software': None}
+      # Labels were placed in pixels of the figure's own resolution.
+      buffer,
+      dpi=72,
+      format='png',
+      metadata={'Software': None},
     )
-  image = Image.open(buffer).convert('RGB').quantize(64, dither=0)
+  image = (
+    Image.open(buffer).convert('RGB').quantize(64, dither=Image.Dither.NONE)
+  )
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + '.partial')

@@ -5,7 +5,7 @@ without one (KL, length, entropy, indicators) have no bold. It sorts nothing by
 merit: the order is init, runs, anchors, merges, LITI by rate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -112,11 +112,8 @@ def _best(models: Sequence[dict[str, Any]], column: Column) -> set[str]:
   """Every model whose printed mean is the best one."""
   if not column.best:
     return set()
-  shown: Callable[[float], float] = lambda v: round(
-    v * column.scale, column.digits
-  )
   means = {
-    m['name']: shown(value[0])
+    m['name']: round(value[0] * column.scale, column.digits)
     for m in models
     if (value := interval(m, column.key))
   }

@@ -73,8 +73,9 @@ def ours():
 
   @jax.jit
   def draw(params, key):
+    weights = policy.view({'policy': params}, batch)
     return sample(
-      policy, params, batch, key, count=1, max_new_tokens=SAMPLE['new']
+      policy, weights, batch, key, count=1, max_new_tokens=SAMPLE['new']
     )
 
   params = state.params['policy']

@@ -87,9 +87,7 @@ def test_packed_documents_are_whole(folder):
       assert mask[r][inside].all()
   assert (position[segment == 0] == -1).all() and not mask[segment == 0].any()
   # Nothing of the text is lost: the pieces of a file are all of it.
-  said = sum(
-    TOKENS.decode(row.tolist()).count('return y') for row in tokens
-  )
+  said = sum(TOKENS.decode(row.tolist()).count('return y') for row in tokens)
   assert said == 30 * 4
 
 

@@ -15,6 +15,7 @@ from tests import tiny
 MODEL = tiny.model()
 POLICY = MODEL.policy('policy')
 BUNDLE = tiny.bundle(MODEL, 'policy')
+WEIGHTS = POLICY.view(BUNDLE, {})
 
 
 def plain():
@@ -34,7 +35,8 @@ def test_chunks_change_neither_value_nor_gradient(chunk):
   batch = plain()
 
   def total(params, chunk):
-    return token_logp(POLICY, params, batch, chunk=chunk).sum()
+    weights = POLICY.view({'policy': params}, batch)
+    return token_logp(POLICY, weights, batch, chunk=chunk).sum()
 
   fn = jax.jit(jax.value_and_grad(total), static_argnums=1)
   value, grads = fn(BUNDLE['policy'], chunk)
@@ -59,7 +61,7 @@ def test_logits_at_t_score_token_t_plus_1():
   raw[..., illegal] = -1e9
   logp = log_softmax(raw, axis=-1)
   tokens = np.asarray(batch['tokens'])
-  got = np.asarray(token_logp(POLICY, BUNDLE['policy'], batch))
+  got = np.asarray(token_logp(POLICY, WEIGHTS, batch))
   _, mask = targets(batch)
   for b, t in np.argwhere(np.asarray(mask)):
     np.testing.assert_allclose(
@@ -84,9 +86,9 @@ def test_entropy_and_kl_against_float64():
     'response': jnp.full((2, 1, 4), 20),
     'mask': jnp.ones((2, 1, 4), bool),
   }
-  _, nats = token_scores(POLICY, BUNDLE['policy'], batch)
-  features, _ = POLICY.features(BUNDLE['policy'], batch)
-  logp = log_softmax(np.asarray(POLICY.head(BUNDLE['policy'], features)), -1)
+  _, nats = token_scores(POLICY, WEIGHTS, batch)
+  features, _ = POLICY.features(WEIGHTS, batch)
+  logp = log_softmax(np.asarray(POLICY.head(WEIGHTS, features)), -1)
   np.testing.assert_allclose(nats, -(np.exp(logp) * logp).sum(-1), rtol=1e-4)
 
 

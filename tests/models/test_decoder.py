@@ -31,9 +31,10 @@ def test_cached_decoding_equals_the_full_pass(family, chunks):
   config, params, tokens = setup(family=family, layers=7)
   full = decoder.apply(config, params, tokens)
   cache = decoder.empty_cache(config, 3, 40)
+  layers = decoder.canonical(params)
   extend = jax.jit(
     lambda tokens, position, cache: decoder.extend(
-      config, params, tokens, position, cache
+      config, layers, tokens, position, cache
     )
   )
   parts, column = [], 0

@@ -11,6 +11,7 @@ from tests import tiny
 
 MODEL = tiny.model()
 BUNDLE = tiny.bundle(MODEL, 'policy')
+WEIGHTS = MODEL.policy('policy').view(BUNDLE, {})
 
 
 def draw(batch, *, policy=None, count=3, length=20, seed=0, **changes):
@@ -35,7 +36,7 @@ def test_sampler_and_scorer_agree():
     policy = tempered(MODEL.policy('policy'), temperature)
     batch = tiny.batch()
     out = draw(batch, policy=policy)
-    scored = token_logp(policy, BUNDLE['policy'], batch | out)
+    scored = token_logp(policy, WEIGHTS, batch | out)
     gap = np.abs(np.where(out['mask'], scored - out['sample_logp'], 0)).max()
     assert gap < 1e-4
     assert out['mask'].sum() > 100
@@ -47,7 +48,7 @@ def test_illegal_tokens_never_appear_and_carry_no_mass():
   assert not set(drawn) & set(tiny.TOKENS.illegal)
   assert drawn.max() < tiny.TOKENS.size
   policy = MODEL.policy('policy')
-  logits, _ = policy.start(BUNDLE['policy'], tiny.batch(), 20)
+  logits, _ = policy.start(WEIGHTS, tiny.batch(), 20)
   probs = jax.nn.softmax(logits)
   illegal = [*tiny.TOKENS.illegal, *range(tiny.TOKENS.size, 272)]
   assert float(probs[:, jnp.array(illegal)].max()) == 0.0
@@ -100,8 +101,8 @@ def test_greedy_takes_the_likeliest_token():
   batch = tiny.batch(2)
   out = draw(batch, count=1, length=5, greedy=True)
   policy = MODEL.policy('policy')
-  features, _ = policy.features(BUNDLE['policy'], batch | out)
-  logits = policy.head(BUNDLE['policy'], features)
+  features, _ = policy.features(WEIGHTS, batch | out)
+  logits = policy.head(WEIGHTS, features)
   np.testing.assert_array_equal(jnp.argmax(logits, -1), out['response'])
 
 
