@@ -45,7 +45,7 @@ def get_config(variant: str = '') -> ConfigDict:
   )
 
   # The start: next-token prediction until it writes recognisable Python.
-  c.pretrain = run(steps=100 if tiny else 1100, batch_size=8)
+  c.pretrain = run(steps=100 if tiny else 1000, batch_size=8)
   c.pretrain.save_every = 50 if tiny else 200
   c.pretrain.length = 128
   c.pretrain.recipe = defaults('recipes', 'sft')
@@ -61,7 +61,7 @@ def get_config(variant: str = '') -> ConfigDict:
 
   # Alignment: M runs from one start.
   c.runs = 2
-  c.align = run(steps=8 if tiny else 120, batch_size=16 if tiny else 32)
+  c.align = run(steps=8 if tiny else 100, batch_size=16 if tiny else 32)
   c.align.save_every = 4 if tiny else 20
   c.align.log_every = 1
   c.align.prompt_tokens = 32

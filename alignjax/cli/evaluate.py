@@ -121,23 +121,27 @@ def _evaluate(config, workdir: Path) -> None:
       setting.shape, model_dir.load(setting.directories[name])
     )
 
+  digests = {
+    name: model_dir.digest(directory)
+    for name, directory in setting.directories.items()
+  }
   reference = load(config.reference)
-  others = [name for name in setting.directories if name != config.reference]
+  others = [name for name in digests if name != config.reference]
   results = {}
   for name in (config.reference, *others):
+    # The end of a LITI line is the merged model itself: written once.
+    twin = next((o for o in results if digests[o] == digests[name]), None)
+    if twin is not None and twin != config.reference:
+      results[name] = results[twin]
+      continue
     stamp = json.dumps(
-      [
-        plain,
-        model_dir.digest(setting.directories[name]),
-        model_dir.digest(setting.directories[config.reference]),
-      ],
-      sort_keys=True,
+      [plain, digests[name], digests[config.reference]], sort_keys=True
     )
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
     kept = _kept(workdir / 'responses' / file, stamp)
     if kept is None:
       bundle = {'policy': load(name), 'reference': reference}
-      label = f'evaluate {len(results) + 1}/{len(setting.directories)} {name}'
+      label = f'evaluate {len(results) + 1}/{len(digests)} {name}'
       kept = _responses(config, setting, bundle, label, name)
       _keep(workdir / 'responses' / file, stamp, kept)
     results[name] = kept

@@ -19,10 +19,11 @@ WIDTH, HEIGHT = 330, 168
 MAX_POINTS = 400
 # Shown first, in this order; anything else that was logged is folded.
 FIRST = (
-  'loss',
+  'nll',
   'reward',
-  'rewards?[_/].*',
-  'kl.*',
+  'best_reward',
+  'anchor_kl',
+  'reward/.*',
   'log_quantile',
   'quantile',
   'length.*',
@@ -37,7 +38,8 @@ FIRST = (
 def curves_html(runs: Sequence[Run]) -> str:
   """Charts of every run, one block per group of runs; '' without runs."""
   groups: dict[str, list[Run]] = {}
-  for run in runs:
+  # Pretraining comes before what needs it: rewards are for aligned models.
+  for run in sorted(runs, key=lambda r: 'reward' in r.metrics):
     groups.setdefault(run.group, []).append(run)
   return '\n'.join(_group(name, some) for name, some in groups.items())
 
@@ -160,10 +162,10 @@ def _panel(
     axes.margins(x=0.015, y=0.08)
     axes.tick_params(labelsize=9.5, length=0, pad=4)
     axes.locator_params(axis='x', nbins=5)
+    for axis in (axes.xaxis, axes.yaxis):
+      axis.set_major_formatter(lambda value, _: _tick(value))
     if axes.get_yscale() == 'linear':
       axes.locator_params(axis='y', nbins=5)
-      axes.ticklabel_format(axis='y', scilimits=(-3, 4), useMathText=False)
-      axes.yaxis.get_offset_text().set_fontsize(9)
     chart = ink.svg(figure, escape(f'{key} by step, {group}', quote=True))
   values = ' · '.join(ends)
   return (
@@ -198,6 +200,17 @@ def _wide(some: Sequence[Series]) -> bool:
   """Positive throughout and over three orders of magnitude: a log scale."""
   values = [v for s in some for v in s.values if math.isfinite(v)]
   return bool(values) and min(values) > 0 and max(values) > 1e3 * min(values)
+
+
+def _tick(value: float) -> str:
+  """A short tick label: 0.25, 20k, 4e-6; never an offset beside the axis."""
+  if value == 0 or 1e-3 <= abs(value) < 1e4:
+    text = f'{value:.6g}'
+  elif 1e4 <= abs(value) < 1e6:
+    text = f'{value / 1000:.6g}k'
+  else:
+    text = re.sub(r'e([+-])0*', r'e\1', f'{value:.3g}').replace('e+', 'e')
+  return text.replace('-', '−', 1) if value < 0 else text
 
 
 def _number(value: float) -> str:

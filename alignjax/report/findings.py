@@ -215,9 +215,10 @@ def _runs_at_equal_kl(evaluation, path: Sequence[Point]) -> str:
         words.append(verdict(combined(parts)))
         break
   if not words:
+    near, far = min(r.x[0] for r in runs), max(r.x[0] for r in runs)
     return (
-      ' The runs lie outside the range of KL that the sweep covers, so they '
-      'cannot be compared at equal KL.'
+      f' The runs (KL {near:.2f} to {far:.2f}) lie outside what the sweep '
+      f'covers (up to {by_kl[-1].x[0]:.2f}): no comparison at equal KL.'
     )
   high, low = words.count('higher'), words.count('lower')
   same = len(words) - high - low

@@ -80,7 +80,7 @@ def front_svg(evaluation: dict[str, Any], salt: str = 'front') -> str:
 
 
 def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
-  """Write the front as a PNG under 80 kB (a palette of 64 colours)."""
+  """Write the front as a PNG under 80 kB (a palette of 256 colours)."""
   from PIL import Image  # matplotlib brings it
 
   buffer = io.BytesIO()
@@ -171,6 +171,10 @@ def _lines(axes, every, path, reference):
       [p.y[0] for p in path],
       color=ink.look('liti').fill,
       linewidth=2,
+      marker='o',
+      markersize=ink.look('liti').size,
+      markeredgecolor='white',
+      label=ink.look('liti').label,
       zorder=3,
     )
 
@@ -179,8 +183,17 @@ def _mark(axes: Axes, point: Point):
   look = ink.look(point.kind)
   seen = axes.get_legend_handles_labels()[1]
   (x, x0, x1), (y, y0, y1) = point.x, point.y
-  axes.plot([x0, x1], [y, y], color=look.fill, linewidth=1.1, alpha=0.55)
-  axes.plot([x, x], [y0, y1], color=look.fill, linewidth=1.1, alpha=0.55)
+  above = 5 - 0.1 * ink.rank(point.kind)
+  for across, up in (((x0, x1), (y, y)), ((x, x), (y0, y1))):
+    axes.plot(
+      across,
+      up,
+      color=look.fill,
+      linewidth=1.1,
+      alpha=0.55,
+      solid_capstyle='butt',
+      zorder=above - 2,
+    )
   axes.plot(
     [x],
     [y],
@@ -191,7 +204,7 @@ def _mark(axes: Axes, point: Point):
     markeredgecolor='white',
     markeredgewidth=0.9,
     label=None if look.label in seen else look.label,
-    zorder=5 - 0.1 * ink.rank(point.kind),
+    zorder=above,
   )
 
 
@@ -232,7 +245,7 @@ def _label(axes: Axes, every, path, reference):
       t.text,
       (t.x, t.y),
       xytext=(0, 0),
-      textcoords='figure pixels',
+      textcoords='figure points',
       color=t.colour,
       fontsize=t.size,
       fontweight=t.weight,
@@ -265,7 +278,7 @@ def _leader(axes: Axes, text: Label, spot):
     '',
     (text.x, text.y),
     xytext=(spot.x, spot.y),
-    textcoords='figure pixels',
+    textcoords='figure points',
     arrowprops={
       'arrowstyle': '-',
       'color': text.colour,

@@ -11,7 +11,8 @@ from html import escape
 from typing import Any
 
 from alignjax.report import ink
-from alignjax.report.findings import best_liti, best_run
+from alignjax.report.findings import best_run
+from alignjax.report.front import sweep
 
 OPEN = 3  # prompts shown before the rest is folded
 
@@ -42,13 +43,15 @@ def chosen(evaluation: dict[str, Any]) -> list[str]:
     have += [n for n in sample.get('responses') or {} if n not in have]
   kinds = {m['name']: str(m.get('kind')) for m in evaluation['models']}
   picks = [n for n in have if kinds.get(n) == 'init'][:1]
-  run, liti = best_run(evaluation), best_liti(evaluation)
+  run = best_run(evaluation)
+  # The ends of the sweep are the init and the merged model, shown already.
+  inner = [p for p in sweep(evaluation) if p.rate not in (0.0, 1.0)]
+  inner = [p for p in inner if p.name in have]
   # The best run may not have been sampled; another run is the next best.
   runs = [n for n in have if kinds.get(n) == 'run']
   picks += [run.name] if run and run.name in have else runs[:1]
   picks += [n for n in have if kinds.get(n) in ('slerp', 'lerp')][:1]
-  rates = [n for n in have if kinds.get(n) == 'liti']
-  picks += [liti.name] if liti and liti.name in have else rates[-1:]
+  picks += [p.name for p in sorted(inner, key=lambda p: -p.y[0])[:1]]
   picks = list(dict.fromkeys(picks))
   return picks if len(picks) > 1 else have[:4]
 
