@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -201,6 +202,25 @@ def test_a_signal_saves_and_the_next_call_continues(tmp_path):
   state, finished = go(steps_source(), tmp_path / 'a')
   assert finished
   whole, _ = go(steps_source(), tmp_path / 'b')
+  assert state.params['policy']['x'] == whole.params['policy']['x']
+  a, b = (tmp_path / x / 'metrics.jsonl' for x in 'ab')
+  assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
+  schedule = train.Schedule(steps=9, save_every=3)
+  usage, calls = shutil.disk_usage(tmp_path), []
+
+  def full(path):
+    calls.append(path)
+    return usage._replace(free=3) if len(calls) == 2 else usage
+
+  monkeypatch.setattr(shutil, 'disk_usage', full)
+  with pytest.raises(UserError, match=r'3 are free.* are whole: \[3\]'):
+    run(poisoned([]), tmp_path / 'a', schedule)
+  state, finished = run(poisoned([]), tmp_path / 'a', schedule)
+  assert finished
+  whole, _ = run(poisoned([]), tmp_path / 'b', schedule)
   assert state.params['policy']['x'] == whole.params['policy']['x']
   a, b = (tmp_path / x / 'metrics.jsonl' for x in 'ab')
   assert a.read_bytes() == b.read_bytes()

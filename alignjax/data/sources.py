@@ -96,9 +96,11 @@ def text(
   following = [piece for _, piece in pieces[1:]] + ['']
   documents = []
   for ids, after in zip(encoded, following):
-    inside = after[:1].isspace()
-    ids = [tokenizer.bos, *ids] + [tokenizer.eos] * (not inside)
-    documents.append((ids, [True] * len(ids)))
+    # Text that goes on in the next piece has not ended here.
+    ids = ids if after[:1].isspace() else [*ids, tokenizer.eos]
+    for begin in range(0, len(ids), length - 1):
+      part_ids = [tokenizer.bos, *ids[begin : begin + length - 1]]
+      documents.append((part_ids, [True] * len(part_ids)))
   return _rows(packing.pack(documents, length), batch_size, seed)
 
 

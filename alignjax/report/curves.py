@@ -19,9 +19,11 @@ WIDTH, HEIGHT = 330, 168
 MAX_POINTS = 400
 # Shown first, in this order; anything else that was logged is folded.
 FIRST = (
+  'loss',
   'nll',
   'reward',
   'best_reward',
+  'kl',
   'anchor_kl',
   'reward/.*',
   'log_quantile',
@@ -45,17 +47,19 @@ def curves_html(runs: Sequence[Run]) -> str:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-  """Centred running mean over 1/20 of the points; gaps stay gaps.
+  """Centred running mean over a tenth of the points; gaps stay gaps.
 
-  The window shrinks towards both ends, so that it stays centred.
+  At both ends half of the window is left, so that the last value that a
+  reader sees is still a mean.
   """
   x = np.asarray(values, np.float64)
   good = np.isfinite(x)
   total = np.concatenate([[0.0], np.cumsum(np.where(good, x, 0.0))])
   count = np.concatenate([[0], np.cumsum(good)])
   at = np.arange(len(x))
-  half = np.minimum(len(x) // 40, np.minimum(at, len(x) - 1 - at))
-  high, low = at + half + 1, at - half
+  half = len(x) // 20
+  high = np.minimum(at + half + 1, len(x))
+  low = np.maximum(at - half, 0)
   width = count[high] - count[low]
   mean = (total[high] - total[low]) / np.maximum(width, 1)
   return np.where(good & (width > 0), mean, np.nan)
@@ -98,7 +102,7 @@ def _group(name: str, runs: Sequence[Run]) -> str:
   if rest:
     count = f'{len(rest)} more curves' if len(rest) > 1 else 'One more curve'
     out += f'<details><summary>{count}</summary>{grid(rest)}</details>'
-  still = [f'{k} = {v:.4g}' for k, v in flat.items() if v is not None]
+  still = [f'{k} = {_number(v)}' for k, v in flat.items() if v is not None]
   if still:
     out += f'<p class="note">Constant: {escape(", ".join(still))}.</p>'
   return f'<section class="job">{out}</section>'

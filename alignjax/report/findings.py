@@ -44,8 +44,8 @@ def evaluated(evaluation: dict[str, Any]) -> list[str]:
 def trained(found: Found) -> list[str]:
   """Three findings where there are only training curves."""
   runs = found.runs
-  rewarded = [r for r in runs if 'reward' in r.metrics]
-  key = 'reward' if rewarded else 'loss'
+  logged = {k for r in runs for k in r.metrics}
+  key = next((k for k in ('reward', 'nll', 'loss') if k in logged), 'loss')
   told = [r for r in runs if key in r.metrics][:4]
   steps = ', '.join(f'{r.name} ({r.steps} steps)' for r in runs[:6])
   more = f' and {len(runs) - 6} more' if len(runs) > 6 else ''
@@ -110,7 +110,21 @@ def _gain(evaluation: dict[str, Any]) -> str:
       said += (
         f'; it wins {mean:.0f}% [{low:.0f}%, {high:.0f}%] against the init'
       )
-  return said + '.'
+  return said + '.' + _best_of_n(evaluation)
+
+
+def _best_of_n(evaluation: dict[str, Any]) -> str:
+  """What sampling alone reaches: the rival that needs no training."""
+  several = [b for b in evaluation.get('best_of_n') or [] if b['n'] > 1]
+  if not several:
+    return ''
+  most = max(several, key=lambda b: b['n'])
+  score = interval(most, 'reward')
+  assert score is not None  # checked when read
+  return (
+    f' For scale, the best of {most["n"]} completions of the init scores '
+    f'{_ci(score)} at a KL of {most["kl"]:.2f}.'
+  )
 
 
 def _slerp(evaluation: dict[str, Any]) -> str:
@@ -206,13 +220,17 @@ def _runs_at_equal_kl(evaluation, path: Sequence[Point]) -> str:
   if not runs:
     return ''
   by_kl = sorted(path, key=lambda p: p.x[0])
-  words = []
+  words: dict[str, str] = {}
   for run in runs:
+    # A run just past an end, by less than its own interval, is at that end.
+    kl = min(max(run.x[0], by_kl[0].x[0]), by_kl[-1].x[0])
+    if not run.x[1] <= kl <= run.x[2]:
+      continue
     for a, b in zip(by_kl, by_kl[1:]):
-      if a.x[0] <= run.x[0] <= b.x[0] and a.x[0] < b.x[0]:
-        share = (run.x[0] - a.x[0]) / (b.x[0] - a.x[0])
+      if a.x[0] <= kl <= b.x[0] and a.x[0] < b.x[0]:
+        share = (kl - a.x[0]) / (b.x[0] - a.x[0])
         parts = [(1 - share, a.y), (share, b.y), (-1, run.y)]
-        words.append(verdict(combined(parts)))
+        words[run.name] = verdict(combined(parts))
         break
   if not words:
     near, far = min(r.x[0] for r in runs), max(r.x[0] for r in runs)
@@ -220,14 +238,19 @@ def _runs_at_equal_kl(evaluation, path: Sequence[Point]) -> str:
       f' The runs (KL {near:.2f} to {far:.2f}) lie outside what the sweep '
       f'covers (up to {by_kl[-1].x[0]:.2f}): no comparison at equal KL.'
     )
-  high, low = words.count('higher'), words.count('lower')
-  same = len(words) - high - low
-  told = [f'above {high}' if high else '', f'below {low}' if low else '']
-  told.append(f'not measurably different from {same}' if same else '')
-  said = ' At equal KL it is ' + ', '.join(filter(None, told))
-  outside = len(runs) - len(words)
-  said += f' of the {len(words)} runs that it reaches'
-  return said + (f' ({outside} out of reach).' if outside else '.')
+  ways = {
+    'higher': 'above {}',
+    'lower': 'below {}',
+    'no measurable difference': 'not measurably different from {}',
+  }
+  told = [
+    way.format(' and '.join(names))
+    for word, way in ways.items()
+    if (names := [name for name, w in words.items() if w == word])
+  ]
+  beyond = [r.name for r in runs if r.name not in words]
+  out = f' ({" and ".join(beyond)} lies beyond it)' if beyond else ''
+  return f' At equal KL the front is {", ".join(told)}{out}.'
 
 
 def _of_kind(evaluation: dict[str, Any], kind: str) -> Point | None:

@@ -9,7 +9,6 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from alignjax.report import ink
 from alignjax.report.labels import LEADER, place
 from alignjax.report.read import interval
+from alignjax.report.write import write
 
 WIDTH, HEIGHT = 1000, 580
 BEST_OF_N = '#7b8794'
@@ -80,33 +80,30 @@ def front_svg(evaluation: dict[str, Any], salt: str = 'front') -> str:
 
 
 def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
-  """Write the front as a PNG under 80 kB (a palette of 256 colours)."""
+  """Write the front as a PNG under 80 kB (256 colours)."""
   from PIL import Image  # matplotlib brings it
 
   buffer = io.BytesIO()
   with ink.style('png'):
     figure = draw(evaluation)
     FigureCanvasAgg(figure).print_figure(
-      # Labels were placed in pixels of the figure's own resolution.
       buffer,
-      dpi=72,
+      dpi=72 * 1.25,
       format='png',
       metadata={'Software': None},
     )
-  image = (
-    Image.open(buffer).convert('RGB').quantize(64, dither=Image.Dither.NONE)
-  )
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + '.partial')
-  image.save(partial, format='PNG', optimize=True)
-  os.replace(partial, path)
+  # The median cut spends its colours on the greys of text; an octree does not.
+  image = Image.open(buffer).convert('RGB')
+  image = image.quantize(256, Image.Quantize.FASTOCTREE)
+  small = io.BytesIO()
+  image.save(small, format='PNG', optimize=True)
+  write(path, small.getvalue())
 
 
 def draw(evaluation: dict[str, Any]) -> Figure:
   """The figure; must be called and written inside `ink.style`."""
   figure = ink.canvas(WIDTH, HEIGHT)
-  axes = figure.add_axes((0.066, 0.105, 0.918, 0.785))
+  axes = figure.add_axes((0.066, 0.092, 0.918, 0.8))
   every = points(evaluation)
   path = sweep(evaluation)
   reference = evaluation.get('best_of_n') or []

@@ -12,13 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from alignjax.core.types import UserError
 from alignjax.report import findings
 from alignjax.report.curves import curves_html
 from alignjax.report.front import front_svg, sweep
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
 from alignjax.report.tables import models_html
+from alignjax.report.write import write
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -44,7 +44,7 @@ def report(
   lines = [findings.evaluated(e) for e in what.evaluations.values()]
   lines = lines or [findings.trained(what)]
   title = ' · '.join(Path(w).resolve().name or 'report' for w in workdirs)
-  write(Path(out), html(title, what, lines))
+  write(out, html(title, what, lines).encode())
   return lines[0]
 
 
@@ -60,7 +60,7 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     sections.append(_models(heading, evaluation))
   if curves := curves_html(what.runs):
     note = (
-      'The strong line is a running mean over a twentieth of the steps, the '
+      'The strong line is a running mean over a tenth of the steps, the '
       'faint line is what was logged, the number is where the mean ends.'
     )
     sections.append(_section('Training curves', f'<p>{note}</p>{curves}'))
@@ -81,20 +81,6 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     + '\n'.join(sections)
     + '\n</main></body></html>\n'
   )
-
-
-def write(path: Path, text: str) -> None:
-  """Write a whole file or nothing, by way of a temporary name beside it."""
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, 'utf-8', newline='\n')
-    os.replace(partial, path)
-  except OSError as error:
-    partial.unlink(missing_ok=True)
-    raise UserError(
-      f'{path}: the report cannot be written ({error.strerror}).'
-    ) from error
 
 
 def _section(heading: str, body: str) -> str:

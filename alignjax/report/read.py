@@ -115,7 +115,11 @@ def evaluation(path: str | os.PathLike) -> dict[str, Any]:
           f'numbers mean, low and high; found {model.get(key)!r}.'
         )
   for row, point in enumerate(data.get('best_of_n') or []):
-    if not (interval(point, 'reward') and _finite(point.get('kl'))):
+    if not (
+      interval(point, 'reward')
+      and _finite(point.get('kl'))
+      and _finite(point.get('n'))
+    ):
       raise UserError(
         f'{path}: best_of_n[{row}] must have n, kl and a reward with mean, '
         f'low and high; found {point!r}.'

@@ -5,6 +5,7 @@ written (roles that never move are not), a format version, and a checksum per
 leaf, so that a damaged checkpoint is noticed before it is trained on.
 """
 
+import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,13 +36,15 @@ def save(
 ) -> None:
   """Starts writing `state` without the roles in `fixed`; returns early.
 
-  Raises what an earlier asynchronous write met (a full disk, say).
+  Raises OSError when the disk has no room for it, and what an earlier
+  asynchronous write met.
   """
   # A copy: the step donates these buffers while the write still reads them.
   leaves = {
     name: np.array(leaf, copy=True)
     for name, leaf in tree.named(_moving(state, fixed)).items()
   }
+  _check_space(checkpoints.directory, sum(x.nbytes for x in leaves.values()))
   meta = {
     'format': FORMAT,
     'source': source,
@@ -55,6 +58,13 @@ def save(
     ),
     force=True,
   )
+
+
+def _check_space(directory, size: int) -> None:
+  """OSError before anything is written, rather than half way."""
+  free = shutil.disk_usage(directory).free
+  if free < size:
+    raise OSError(f'{size:,} bytes are needed and {free:,} are free')
 
 
 def restore(
