@@ -40,8 +40,7 @@ FIRST = (
 def curves_html(runs: Sequence[Run]) -> str:
   """Charts of every run, one block per group of runs; '' without runs."""
   groups: dict[str, list[Run]] = {}
-  # Pretraining comes before what needs it: rewards are for aligned models.
-  for run in sorted(runs, key=lambda r: 'reward' in r.metrics):
+  for run in runs:
     groups.setdefault(run.group, []).append(run)
   return '\n'.join(_group(name, some) for name, some in groups.items())
 

@@ -90,6 +90,7 @@ def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
       buffer,
       dpi=72 * 1.25,
       format='png',
+      facecolor='white',
       metadata={'Software': None},
     )
   # The median cut spends its colours on the greys of text; an octree does not.

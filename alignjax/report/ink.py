@@ -50,6 +50,11 @@ def look(kind: str) -> Look:
   return LOOKS.get(kind, OTHER._replace(label=kind))
 
 
+def css(kind: str) -> str:
+  """The kind's colour for HTML; the init's black would vanish on dark."""
+  return 'var(--text)' if kind == 'init' else look(kind).fill
+
+
 def rank(kind: str) -> int:
   """Position of a kind in tables and legends."""
   return list(LOOKS).index(kind) if kind in LOOKS else len(LOOKS)
@@ -70,6 +75,9 @@ def style(salt: str) -> Iterator[None]:
         'svg.fonttype': 'none',
         'font.family': 'DejaVu Sans',
         'font.size': 11,
+        'figure.facecolor': 'none',
+        'axes.facecolor': 'none',
+        'savefig.facecolor': 'none',
         'text.color': TEXT,
         'text.parse_math': False,
         'axes.edgecolor': '#b4bcc6',

@@ -70,21 +70,17 @@ def overlap(a, b, gap: float = 0.0):
   return np.prod(np.maximum(high - low + gap, 0), axis=-1)
 
 
-def crosses(boxes, segment) -> np.ndarray:
-  """Whether a segment enters each box [K, 4], by clipping it to the box."""
-  boxes = np.asarray(boxes, float)
-  start = np.asarray(segment[:2], float)
-  step = np.asarray(segment[2:], float) - start
-  enter, leave = np.zeros(len(boxes)), np.ones(len(boxes))
-  for axis in (0, 1):
-    low = boxes[:, axis] - start[axis]
-    high = boxes[:, axis + 2] - start[axis]
-    if abs(step[axis]) < 1e-9:
-      leave = np.where((low > 0) | (high < 0), -1.0, leave)
-      continue
-    ends = np.sort(np.stack([low, high]) / step[axis], axis=0)
-    enter, leave = np.maximum(enter, ends[0]), np.minimum(leave, ends[1])
-  return enter < leave
+def crosses(boxes, segments) -> np.ndarray:
+  """Whether segments [..., 4] enter boxes [..., 4], by clipping them."""
+  boxes, segments = np.asarray(boxes, float), np.asarray(segments, float)
+  start = segments[..., :2]
+  step = segments[..., 2:] - start
+  # A line along an axis is nudged: dividing by zero would lose its side.
+  step = np.where(np.abs(step) < 1e-9, 1e-9, step)
+  near, far = (boxes[..., :2] - start) / step, (boxes[..., 2:] - start) / step
+  enter = np.minimum(near, far).max(-1)
+  leave = np.maximum(near, far).min(-1)
+  return np.maximum(enter, 0) < np.minimum(leave, 1)
 
 
 def _options(point, size, frame) -> np.ndarray:
@@ -124,8 +120,8 @@ def _pair_cost(options, point, other, other_point) -> np.ndarray:
   here, there = _middle(options), _middle(other)
   cost = cost + 40.0 * crosses(options, (*there, *other_point))
   # My line must not run through the other's label.
-  mine = [crosses(other[None], (*h, *point))[0] for h in here]
-  return cost + 40.0 * np.asarray(mine)
+  mine = np.concatenate([here, np.broadcast_to(point, here.shape)], axis=-1)
+  return cost + 40.0 * crosses(other, mine)
 
 
 def _middle(box):

@@ -159,12 +159,11 @@ def _models(heading: str, evaluation: dict[str, Any]) -> str:
 
 def _configs(what: Found) -> str:
   out = []
-  for run in what.runs:
-    for file, text in run.documents.items():
-      out.append(
-        f'<details><summary>{visible(run.name)} · {file}</summary>'
-        f'<pre class="config" tabindex="0">{visible(text)}</pre></details>'
-      )
+  for name, text in what.documents.items():
+    out.append(
+      f'<details><summary>{visible(name)}</summary>'
+      f'<pre class="config" tabindex="0">\n{visible(text)}</pre></details>'
+    )
   return ''.join(out)
 
 
@@ -175,7 +174,7 @@ def _notes(what: Found) -> str:
   fields = {k for e in evaluations for m in e['models'] for k in m}
   told = {
     'reward': 'Reward: mean over held-out prompts and completions. Intervals '
-    'are 95% throughout, as written by the evaluation.',
+    'are 95% throughout, from the spread between prompts.',
     'kl': 'KL: summed over the tokens of a completion, in nats per sequence, '
     'under the model’s own samples; per token it compares whole '
     'next-token distributions.',
@@ -183,8 +182,8 @@ def _notes(what: Found) -> str:
     'of the sampled tokens alone. Same mean, more noise; a check on KL.',
     'win_rate': 'Win rate: how often a completion has a higher reward than '
     'one of the init to the same prompt; a tie counts half.',
-    'log_quantile': 'Log-quantile: mean log of the quantile of a completion’s '
-    'reward among the init’s completions to the same prompt; 0 is the best.',
+    'log_quantile': 'Log-quantile: mean log of (1 + completions of the init '
+    'that score no higher on the same prompt) / (1 + all of them); at best 0.',
     'indicators': 'Hack indicators: share of completions that look like a '
     'way around the reward rather than a better answer.',
   }

@@ -36,14 +36,12 @@ class Run(NamedTuple):
     name: the job, as people call it.
     group: runs of one group differ in a trailing number or letter only.
     metrics, timing: key -> Series, from the files of those names.
-    documents: file name -> JSON text of config.json and environment.json.
   """
 
   name: str
   group: str
   metrics: Mapping[str, Series]
   timing: Mapping[str, Series]
-  documents: Mapping[str, str]
 
   @property
   def steps(self) -> int:
@@ -52,10 +50,18 @@ class Run(NamedTuple):
 
 
 class Found(NamedTuple):
-  """Everything below the work directories; evaluations by their name."""
+  """Everything below the work directories.
+
+  Attributes:
+    runs: those without rewards (pretraining) before those with.
+    evaluations: by folder.
+    documents: 'folder · file' -> JSON text of config.json, environment.json;
+      an environment that an earlier folder has too is left out.
+  """
 
   runs: list[Run]
   evaluations: dict[str, dict[str, Any]]
+  documents: dict[str, str]
 
 
 def found(workdirs: Sequence[str | os.PathLike]) -> Found:
@@ -69,6 +75,7 @@ def found(workdirs: Sequence[str | os.PathLike]) -> Found:
     raise UserError('A report needs at least one work directory; none given.')
   runs: list[Run] = []
   evaluations: dict[str, dict[str, Any]] = {}
+  documents: dict[str, str] = {}
   for workdir in map(Path, workdirs):
     if not workdir.is_dir():
       raise UserError(f'The work directory {workdir} does not exist.')
@@ -76,18 +83,21 @@ def found(workdirs: Sequence[str | os.PathLike]) -> Found:
     before = len(runs), len(evaluations)
     for folder, files in _folders(workdir):
       name = folder.relative_to(workdir).as_posix()
-      name = workdir.resolve().name if name == '.' else name
-      full = '/'.join(x for x in (prefix, name) if x and x != prefix) or prefix
+      full = f'{prefix}/{name}' if prefix else name
+      if name == '.':
+        name = full = workdir.resolve().name
       if 'metrics.jsonl' in files and (run := _run(folder, name, full)):
         runs.append(run)
       if 'evaluation.json' in files:
         evaluations[full] = evaluation(folder / 'evaluation.json')
+      _documents(folder, files, full, documents)
     if before == (len(runs), len(evaluations)):
       raise UserError(
         f'{workdir} has nothing to report: expected a metrics.jsonl with at '
         'least one row or an evaluation.json in it or below it, found neither.'
       )
-  return Found(runs, evaluations)
+  runs.sort(key=lambda r: 'reward' in r.metrics)
+  return Found(runs, evaluations, documents)
 
 
 def evaluation(path: str | os.PathLike) -> dict[str, Any]:
@@ -184,18 +194,22 @@ def _run(folder: Path, name: str, full: str) -> Run | None:
   if not metrics:
     return None
   timing = folder / 'timing.jsonl'
-  documents = {}
-  for file in ('config.json', 'environment.json'):
-    if (folder / file).is_file():
-      value = _parse(folder / file, _text(folder / file))
-      documents[file] = json.dumps(value, indent=2, ensure_ascii=False)
   return Run(
     full,
     re.sub(r'(?<=\w)([_-]?\d+|[_-][a-z])$', '', name),
     metrics,
     _series(rows(timing)) if timing.is_file() else {},
-    documents,
   )
+
+
+def _documents(folder: Path, files: set[str], name: str, out: dict[str, str]):
+  for file in ('config.json', 'environment.json'):
+    if file not in files:
+      continue
+    value = _parse(folder / file, _text(folder / file))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if file == 'config.json' or text not in out.values():
+      out[f'{name} · {file}'] = text
 
 
 def _series(records: list[dict[str, Any]]) -> dict[str, Series]:

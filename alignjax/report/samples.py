@@ -78,7 +78,7 @@ def _sample(
   prompt = visible(str(sample.get('prompt', '')))
   return (
     f'<article class="sample"><h4>prompt {title}</h4>'
-    f'<pre class="prompt" tabindex="0">{prompt}</pre>'
+    f'<pre class="prompt" tabindex="0">\n{prompt}</pre>'
     f'<div class="responses">{columns}</div></article>'
   )
 
@@ -87,7 +87,7 @@ def _response(
   name: str, response: dict[str, Any], evaluation: dict[str, Any]
 ) -> str:
   kinds = {m['name']: str(m.get('kind')) for m in evaluation['models']}
-  colour = ink.look(kinds.get(name, 'other')).fill
+  colour = ink.css(kinds.get(name, 'other'))
   reward = response.get('reward')
   score = f'{reward:.2f}' if isinstance(reward, int | float) else '–'
   text = str(response.get('text', ''))
@@ -95,5 +95,5 @@ def _response(
   return (
     f'<div class="response" style="--kind:{colour}"><header><b>'
     f'{escape(name)}</b><span>reward {score}</span></header>'
-    f'<pre tabindex="0">{shown}</pre></div>'
+    f'<pre tabindex="0">\n{shown}</pre></div>'
   )

@@ -31,7 +31,7 @@ COLUMNS = (
   Column('win_rate', 'win rate', '% vs init', 1, 100, True),
   Column('log_quantile', 'log-quantile', 'nats', 2, 1, True),
   Column('length', 'length', 'tokens', 1, 1, False),
-  Column('entropy', 'entropy', 'nats', 2, 1, False),
+  Column('entropy', 'entropy', 'nats/token', 2, 1, False),
 )
 
 
@@ -71,14 +71,14 @@ def models_html(evaluation: dict[str, Any]) -> str:
 
 
 def _name(model: dict[str, Any]) -> str:
-  look = ink.look(str(model.get('kind', 'other')))
+  colour = ink.css(str(model.get('kind', 'other')))
   rate = model.get('liti_rate')
   kind = escape(str(model.get('kind', '')))
   detail = f'rate {rate:g}' if isinstance(rate, int | float) else kind
   name = escape(model['name'])
   note = '' if detail == model['name'] else f'<small>{detail}</small>'
   return (
-    f'<th scope="row"><i class="dot" style="background:{look.fill}"></i>'
+    f'<th scope="row"><i class="dot" style="background:{colour}"></i>'
     f'{name}{note}</th>'
   )
 

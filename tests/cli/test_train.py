@@ -19,6 +19,8 @@ from alignjax.cli import console
 from alignjax.cli import train as verb
 from alignjax.core.types import UserError
 
+ROOT = Path(__file__).parents[2]
+
 PIECE = '''
 def add_{i}(left, right):
     """Return the sum."""
@@ -297,6 +299,38 @@ def test_bad_input_is_one_sentence_before_any_compute(
     verb.main([f'--config={file}', f'--workdir={workdir}'])
   assert '\n' not in str(error.value)
   assert not workdir.exists()
+
+
+def test_chat_sft_from_its_config(tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  rows = [
+    [
+      {'role': 'user', 'content': f'What is {i} + 1?'},
+      {'role': 'model', 'content': f'{i + 1}'},
+    ]
+    for i in range(40)
+  ]
+  path = tmp_path / 'chat.jsonl'
+  path.write_text(''.join(json.dumps({'messages': r}) + '\n' for r in rows))
+  workdir = tmp_path / 'w'
+  done = verb.main(
+    [
+      '--config=configs/chat_sft.py',
+      f'--workdir={workdir}',
+      f'--config.source.path={path}',
+      '--config.source.length=64',
+      '--config.model.vocab_size=262',
+      '--config.model.width=32',
+      '--config.model.layers=1',
+      '--config.steps=15',
+      '--config.optimizer.lr=0.02',
+    ]
+  )
+  assert done == console.OK
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  losses = [json.loads(line)['nll'] for line in lines]
+  assert losses[-1] < losses[0] - 1
+  assert (workdir / 'model' / 'model.json').exists()
 
 
 def test_chat_data_has_its_loss_on_model_turns_only(tmp_path):
