@@ -12,24 +12,12 @@ from alignjax.core.lookup import defaults
 def single(
   recipe: ConfigDict, *, steps: int, batch_size: int, lr: float
 ) -> ConfigDict:
-  """One run of `recipe` on the quickstart's model shape; add a source."""
+  """One run of `recipe` from the model `start.policy`; add a source."""
   c = ConfigDict()
   c.seed = 0
   c.tokenizer = ''
   c.mesh = ConfigDict({'data': -1})
-  c.model = defaults(
-    'models',
-    'gemma',
-    vocab_size=1536,
-    width=160,
-    hidden=384,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_dim=40,
-    window=32,
-    unroll=2,
-  )
+  c.model = ConfigDict({'name': 'start'})  # the shape of start.policy
   c.start = ConfigDict({'policy': ''})
   c.recipe = recipe
   c.optimizer = defaults('system', 'optimizer', lr=lr, warmup_steps=10)

@@ -5,8 +5,8 @@ kept in W/responses as they finish, so that a killed evaluation goes on.
 """
 
 import argparse
+import io
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from alignjax.cli import config as configs
 from alignjax.cli import console
+from alignjax.core import files
 from alignjax.core.types import UserError
 
 
@@ -69,7 +70,7 @@ def _setting(config) -> _Setting:
   from alignjax.system import model_dir
 
   tokens = parts.tokenizer(config.tokenizer)
-  shape = parts.model_config(config.model, tokens)
+  shape = parts.model_config(config, tokens)
   model = parts.language_model(shape, tokens)
   source = lookup.build(
     'data', config.source, tokens, config.batch_size, config.seed
@@ -187,11 +188,9 @@ def _kept(file: Path, stamp: str):
 def _keep(file: Path, stamp: str, found) -> None:
   import numpy as np
 
-  file.parent.mkdir(exist_ok=True)
-  partial = file.with_suffix('.partial')
-  with open(partial, 'wb') as out:
-    np.savez(out, stamp=np.array(stamp), **found._asdict())
-  os.replace(partial, file)
+  out = io.BytesIO()
+  np.savez(out, stamp=np.array(stamp), **found._asdict())
+  files.write(file, out.getvalue())
 
 
 def _write(config, workdir: Path, setting: _Setting, results) -> None:
@@ -199,7 +198,6 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
 
   from alignjax import evaluate
   from alignjax.stages.score import names as score_names
-  from alignjax.system import metrics
 
   names = score_names(setting.reward)
   reference = results[config.reference]
@@ -239,7 +237,7 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
     'samples': samples,
   }
   text = json.dumps(document, indent=1)
-  metrics.write_atomic(workdir / 'evaluation.json', text + '\n')
+  files.write(workdir / 'evaluation.json', text + '\n')
 
 
 if __name__ == '__main__':

@@ -35,15 +35,27 @@ def tokenizer(path: str) -> Tokenizer | ByteTokenizer:
   return Tokenizer.load(path) if path else ByteTokenizer()
 
 
-def model_config(section: ConfigDict, tokens: Any) -> decoder.Config:
-  """The decoder of a `model` section; it must have room for all tokens."""
-  config = lookup.build('models', section)
-  if config.vocab_size < tokens.size:
+def model_config(config: ConfigDict, tokens: Any) -> decoder.Config:
+  """The decoder of the `model` section; it must have room for all tokens.
+
+  The name 'start' means the shape of the model directory `start.policy`.
+  """
+  section = config.model
+  if section['name'] == 'start':
+    origin = config.start.get('policy') if 'start' in config else None
+    if not origin:
+      raise UserError(
+        "model.name is 'start', so start.policy must be a model directory"
+      )
+    shape = decoder.from_json(model_dir.read(origin).config)
+  else:
+    shape = lookup.build('models', section)
+  if shape.vocab_size < tokens.size:
     raise UserError(
-      f'model.vocab_size = {config.vocab_size} is smaller than the '
+      f'model.vocab_size = {shape.vocab_size} is smaller than the '
       f'tokenizer, which has {tokens.size} tokens'
     )
-  return config
+  return shape
 
 
 def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:

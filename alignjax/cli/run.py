@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from alignjax.cli import config, console
 from alignjax.cloud import jobs, local
-from alignjax.core import lookup
+from alignjax.core import files, lookup
 from alignjax.core.types import UserError
 
 _MARKS = '.jobs'
@@ -213,8 +213,8 @@ def _prepare(
   (marks / f'{job.name}.json').unlink(missing_ok=True)
   names = [job.name for job in graph]
   settings = jobs.resolved(job.config, names, workdir)
-  local.write(marks / f'{job.name}.started', config.to_json(fact))
-  local.write(folder / 'job.json', config.to_json(settings))
+  files.write(marks / f'{job.name}.started', config.to_json(fact))
+  files.write(folder / 'job.json', config.to_json(settings))
 
 
 def _duration(seconds: float) -> str:
@@ -274,7 +274,7 @@ def _execute(
       if end.code == console.OK:
         mark = facts[job.name] | {'seconds': round(seconds, 3)}
         path = args.workdir / _MARKS / f'{job.name}.json'
-        local.write(path, config.to_json(mark))
+        files.write(path, config.to_json(mark))
         path.with_suffix('.started').unlink()
         done.add(job.name)
         print(f'{header}: done in {_duration(seconds)}')
@@ -330,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
       mark.unlink()
     for half in (args.workdir / _MARKS).glob('.removed-*'):
       shutil.rmtree(half)
-    local.write(args.workdir / 'config.json', config.to_json(settings))
+    files.write(args.workdir / 'config.json', config.to_json(settings))
     return _execute(args, graph, look())
 
 

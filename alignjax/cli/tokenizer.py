@@ -9,7 +9,6 @@ another config.
 import argparse
 import inspect
 import json
-import os
 import time
 import zlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignjax.cli import config, console
+from alignjax.core import files
 from alignjax.core.types import UserError
 
 _MODEL = 'tokenizer.model'
@@ -152,9 +152,8 @@ def _job(argv: Sequence[str]) -> None:
   print(_trained(workdir / _MODEL, source, vocab_size, seed), flush=True)
   crc = zlib.crc32((workdir / _MODEL).read_bytes())
   record = {'format': 1, 'config': plain, 'crc32': f'{crc:08x}'}
-  partial = workdir / f'.{_RECORD}.partial'
-  partial.write_text(json.dumps(record, indent=2, sort_keys=True) + '\n')
-  os.replace(partial, workdir / _RECORD)
+  text = json.dumps(record, indent=2, sort_keys=True) + '\n'
+  files.write(workdir / _RECORD, text)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from alignjax.cli import config as configs
 from alignjax.cli import console
+from alignjax.core import files
 from alignjax.core.types import UserError
 
 
@@ -66,10 +67,9 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   from alignjax.core import lookup, tree
   from alignjax.models import gemma
   from alignjax.system import mesh as meshes
-  from alignjax.system import metrics
 
   tokens = parts.tokenizer(config.tokenizer)
-  shape = parts.model_config(config.model, tokens)
+  shape = parts.model_config(config, tokens)
   model = parts.language_model(shape, tokens)
   recipe = parts.recipe(config, model, tokens)
   schedule = train.Schedule(
@@ -88,8 +88,8 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   parts.compilation_cache(workdir)
   _check_start(workdir / 'start.json', digests)
   environment = json.dumps(_environment(), indent=2)
-  metrics.write_atomic(workdir / 'config.json', configs.to_json(config))
-  metrics.write_atomic(workdir / 'environment.json', environment)
+  files.write(workdir / 'config.json', configs.to_json(config))
+  files.write(workdir / 'environment.json', environment)
   state = train.init_state(
     recipe, tx, schedule.seed, start=origins, mesh=mesh, table=gemma.SHARDING
   )
@@ -145,8 +145,6 @@ def _say(workdir: Path, text: str) -> None:
 
 def _check_start(file: Path, digests: dict[str, str]) -> None:
   """Roles read from a path must still be what they were at the beginning."""
-  from alignjax.system import metrics
-
   if file.exists():
     old = json.loads(file.read_text('utf-8'))
     for role, digest in digests.items():
@@ -155,7 +153,7 @@ def _check_start(file: Path, digests: dict[str, str]) -> None:
           f'start.{role}: the weights have changed since this run began; '
           'use a new --workdir'
         )
-  metrics.write_atomic(file, json.dumps(digests, indent=2, sort_keys=True))
+  files.write(file, json.dumps(digests, indent=2, sort_keys=True))
 
 
 def _environment() -> dict[str, str]:

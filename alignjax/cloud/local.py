@@ -21,14 +21,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def write(path: Path, text: str) -> None:
-  """The whole file or, if anything goes wrong, the old one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_text(text, 'utf-8')
-  os.replace(temporary, path)
-
-
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
   """Holds a lock file; UserError if another process does."""

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from alignjax.core import files
 from alignjax.report import ink
 from alignjax.report.labels import LEADER, place
 from alignjax.report.read import interval
-from alignjax.report.write import write
 
 WIDTH, HEIGHT = 1000, 580
 BEST_OF_N = '#7b8794'
@@ -98,7 +98,7 @@ def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
   image = image.quantize(256, Image.Quantize.FASTOCTREE)
   small = io.BytesIO()
   image.save(small, format='PNG', optimize=True)
-  write(path, small.getvalue())
+  files.write(path, small.getvalue())
 
 
 def draw(evaluation: dict[str, Any]) -> Figure:

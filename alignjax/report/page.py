@@ -12,13 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from alignjax.core import files
 from alignjax.report import findings
 from alignjax.report.curves import curves_html
 from alignjax.report.front import front_svg, sweep
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
 from alignjax.report.tables import models_html
-from alignjax.report.write import write
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -44,7 +44,7 @@ def report(
   lines = [findings.evaluated(e) for e in what.evaluations.values()]
   lines = lines or [findings.trained(what)]
   title = ' · '.join(Path(w).resolve().name or 'report' for w in workdirs)
-  write(out, html(title, what, lines).encode())
+  files.write(out, html(title, what, lines).encode())
   return lines[0]
 
 

@@ -6,7 +6,6 @@ compared byte by byte; times go to `timing.jsonl`.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import jax
 
+from alignjax.core import files
 from alignjax.core.types import Metrics, UserError
 
 
@@ -41,17 +41,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def cut(path: Path, step: int) -> None:
   """Drops what was written after `step`, atomically."""
   rows = [row for row in read(path) if row['step'] <= step]
-  write_atomic(path, ''.join(json.dumps(row) + '\n' for row in rows))
-
-
-def write_atomic(path: Path, text: str) -> None:
-  """The file is the old one or the new one, never a part."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  with open(temporary, 'w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  files.write(path, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def recorder(

@@ -138,7 +138,6 @@ def test_kill_9_at_any_moment(method, text, tmp_path):
   assert done.returncode == 0, done.stderr
   # Killed in three lives, later each time; the fourth may finish.
   killed = tmp_path / 'killed'
-  shutil.copytree(whole / '.jax_cache', killed / '.jax_cache')
   rng = random.Random(method)
   kills = 0
   for _ in range(3):
@@ -301,7 +300,7 @@ def test_bad_input_is_one_sentence_before_any_compute(
   assert not workdir.exists()
 
 
-def test_chat_sft_from_its_config(tmp_path, monkeypatch):
+def test_chat_sft_from_its_config(finished, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   rows = [
     [
@@ -319,9 +318,7 @@ def test_chat_sft_from_its_config(tmp_path, monkeypatch):
       f'--workdir={workdir}',
       f'--config.source.path={path}',
       '--config.source.length=64',
-      '--config.model.vocab_size=262',
-      '--config.model.width=32',
-      '--config.model.layers=1',
+      f'--config.start.policy={finished[1] / "model"}',
       '--config.steps=15',
       '--config.optimizer.lr=0.02',
     ]

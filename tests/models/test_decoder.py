@@ -1,5 +1,7 @@
 """The decoder: cached equals whole, scanned equals unrolled, layouts agree."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,11 @@ from alignjax.core import tree
 from alignjax.core.types import UserError
 from alignjax.models import decoder
 from tests import tiny
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, *arrays):
+  return decoder.apply(config, *arrays)
 
 
 def setup(**changes):
@@ -29,7 +36,7 @@ def setup(**changes):
 def test_cached_decoding_equals_the_full_pass(family, chunks):
   # 40 columns wrap the ring of 8 slots four times over.
   config, params, tokens = setup(family=family, layers=7)
-  full = decoder.apply(config, params, tokens)
+  full = apply(config, params, tokens)
   cache = decoder.empty_cache(config, 3, 40)
   layers = decoder.canonical(params)
   extend = jax.jit(
@@ -64,9 +71,9 @@ def test_remat_changes_nothing(remat):
 
   def loss(config):
     def fn(params):
-      return jnp.mean(decoder.apply(config, params, tokens) ** 2)
+      return jnp.mean(apply(config, params, tokens) ** 2)
 
-    return jax.value_and_grad(fn)(params)
+    return jax.jit(jax.value_and_grad(fn))(params)
 
   value, grads = loss(config)
   other, other_grads = loss(dataclasses.replace(config, remat=remat))
@@ -87,8 +94,8 @@ def test_scan_equals_the_unrolled_layers():
   same = decoder.stacked(unrolled, canonical)
   assert 'groups' in params and 'groups' not in same
   np.testing.assert_allclose(
-    decoder.apply(config, params, tokens),
-    decoder.apply(unrolled, same, tokens),
+    apply(config, params, tokens),
+    apply(unrolled, same, tokens),
     atol=2e-5,
   )
 
@@ -110,21 +117,21 @@ def test_layouts_convert_back_and_forth():
 def test_packed_documents_do_not_see_each_other():
   config, params, tokens = setup()
   first, second = tokens[:1, :15], tokens[:1, 15:]
-  packed = decoder.apply(
+  packed = apply(
     config,
     params,
     tokens[:1],
     jnp.concatenate([jnp.arange(15), jnp.arange(25)])[None],
     jnp.concatenate([jnp.full(15, 1), jnp.full(25, 2)])[None],
   )
-  alone = [decoder.apply(config, params, x) for x in (first, second)]
+  alone = [apply(config, params, x) for x in (first, second)]
   np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=2e-5)
 
 
 def test_the_window_counts_the_query_itself():
   config, params, tokens = setup(layers=1)  # one local layer of 8 keys
-  base = decoder.apply(config, params, tokens)
-  far = decoder.apply(config, params, tokens.at[:, 20].set(7))
+  base = apply(config, params, tokens)
+  far = apply(config, params, tokens.at[:, 20].set(7))
   changed = np.abs(np.asarray(far - base)).max(axis=(0, 2)) > 1e-7
   assert changed[20:28].all() and not changed[28:].any()
   assert not changed[:20].any()  # causal
@@ -134,10 +141,8 @@ def test_bfloat16_compute_is_close():
   import dataclasses
 
   config, params, tokens = setup()
-  exact = decoder.apply(config, params, tokens)
-  rough = decoder.apply(
-    dataclasses.replace(config, dtype='bfloat16'), params, tokens
-  )
+  exact = apply(config, params, tokens)
+  rough = apply(dataclasses.replace(config, dtype='bfloat16'), params, tokens)
   assert rough.dtype == jnp.float32
   assert np.abs(exact - rough).max() < 0.1 * np.abs(exact).max()
 
