@@ -21,6 +21,31 @@ NAMES = sorted(
   for path in (Path(alignjax.__file__).parent / 'recipes').glob('[!_]*.py')
 )
 PARTS = {'reward': tiny.evenness}
+# The first step of every recipe. If you did not mean to change behaviour, a
+# failure is a bug.
+GOLDEN = {
+  'bond': {
+    'entropy': 5.38641,
+    'grad_norm': 23.614,
+    'loss/backward': -0.0207891,
+    'loss/forward': 34.3536,
+    'reward': 0.5,
+  },
+  'jbond': {
+    'entropy': 5.38641,
+    'grad_norm': 23.3716,
+    'loss/backward': -0.393429,
+    'loss/forward': 31.461,
+    'reward': 0.5,
+  },
+  'sft': {'grad_norm': 2.29586, 'loss/nll': 5.66469},
+  'warp': {
+    'entropy': 5.34413,
+    'grad_norm': 6.66564,
+    'loss/policy_gradient': 0.0815517,
+    'reward': 0.4875,
+  },
+}
 
 
 def build(name):
@@ -51,11 +76,14 @@ def test_three_steps(name):
   step = jax.jit(train.make_step(recipe, tx))
   for _ in range(2):
     state = start
-    for _ in range(3):
+    for k in range(3):
       batch = train.stage_batch(recipe, state, batch_for(recipe), 0)
       assert set(batch) <= BATCH_FIELDS
       assert {len(field) for field in batch.values()} == {4}
       state, metrics = step(state, batch)
+      if k == 0:
+        first = {term: metrics[term].number for term in GOLDEN[name]}
+        assert first == pytest.approx(GOLDEN[name], rel=1e-3, abs=1e-4)
     assert metrics['skipped'].number == 0
     assert all(np.isfinite(metric.number) for metric in metrics.values())
     results.append(state)

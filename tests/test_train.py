@@ -61,20 +61,6 @@ def test_microbatches_are_exact_with_uneven_masks():
     )
 
 
-def test_the_golden_step_of_jbond():
-  # If you did not mean to change behaviour, a failure here is a bug.
-  recipe = jbond(MODEL, tiny.evenness, max_new_tokens=6)
-  state, found = one_step(recipe, tiny.batch())
-  assert float(found['logprob_gap'].value) < 1e-4
-  assert int(state.step) == 1
-  golden = GOLDEN
-  values = {name: float(found[name].value) for name in golden}
-  assert values == pytest.approx(golden, rel=2e-4)
-
-
-GOLDEN: dict[str, float] = {}
-
-
 def test_sharded_equals_unsharded():
   recipe = jbond(MODEL, tiny.evenness, max_new_tokens=6)
   tx = optimizer(10, algorithm='sgd', lr=1.0)
