@@ -153,8 +153,9 @@ def prompts(
   """Prompts, left-padded to `prompt_tokens`: BOS and text.
 
   By default a prompt is the beginning of a piece of a document, cut at a line
-  end so that something is left to write. With `whole` the text of a row or
-  file is the prompt, and one that does not fit is an error.
+  end (in a piece of one line, between words) so that something is left to
+  write. With `whole` the text of a row or file is the prompt, and one that
+  does not fit is an error.
   """
   budget = prompt_tokens - 1
   if whole:
@@ -188,7 +189,7 @@ def prompts(
 
 
 def _heads(tokenizer, pieces, budget: int) -> list[tuple[str, str, str]]:
-  """(name, head, rest): heads of whole lines that fit `budget` tokens."""
+  """(name, head, rest): heads that fit `budget` tokens."""
   out = []
   # Most text has more than two characters a token; what still does not fit
   # loses lines until it does.
@@ -200,14 +201,20 @@ def _heads(tokenizer, pieces, budget: int) -> list[tuple[str, str, str]]:
       if len(ids) <= budget:
         out.append((name, head, piece[len(head) :]))
       else:
-        retry.append((name, piece, _cut(head, len(head) - 1)))
+        retry.append((name, piece, _cut(piece, len(head) - 1)))
     waiting = retry
   return sorted(out)
 
 
 def _cut(text: str, limit: int) -> str:
-  """The whole lines within `limit` characters, always leaving a rest."""
-  return text[: text.rfind('\n', 0, min(limit, len(text) - 1)) + 1]
+  """The whole lines within `limit` characters, always leaving a rest.
+
+  Words, where the text is a single line.
+  """
+  limit = min(limit, len(text) - 1)
+  end = '\n' if '\n' in text.rstrip('\n') else ' '
+  at = text.rfind(end, 0, limit)
+  return text[: at + 1] if end == '\n' else text[: max(at, 0)]
 
 
 def _pieces(

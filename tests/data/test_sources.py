@@ -47,6 +47,17 @@ def test_prompts_are_whole_lines_and_leave_something_to_write(folder):
     assert fact['prompt'].endswith('\n') and fact['reference'].strip()
 
 
+def test_a_single_line_is_cut_between_words(tmp_path):
+  file = tmp_path / 'rows.jsonl'
+  row = {'question': 'How many apples are left when seven are eaten?'}
+  file.write_text(f'{json.dumps(row)}\n' * 3)
+  source = sources.prompts(
+    TOKENS, 1, 0, path=str(file), field='question', part='all', prompt_tokens=20
+  )
+  assert {fact['prompt'] for fact in source.facts} == {'How many apples are'}
+  assert source.facts[0]['reference'].startswith(' left when')
+
+
 def test_held_out_files_are_not_trained_on(folder):
   names = {
     part: {
