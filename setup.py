@@ -6,7 +6,6 @@ from setuptools import find_packages, setup
 
 TEST = [
   'basedpyright',
-  'beartype',
   'hypothesis',
   'pytest',
   'pytest-xdist',

@@ -253,7 +253,7 @@ def _execute(
   cache = (args.workdir / '.jax_cache').resolve()
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
   # XLA on a CPU takes and returns large buffers every step; huge pages spare
-  # most of the page faults (Linux; a seventh of them left, 1.1 to 1.4x speed).
+  # most of the page faults (Linux; a seventh of them left).
   os.environ.setdefault('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
   done = {name for name, book in books.items() if book.stage == 'finished'}
   with local.children() as run:
