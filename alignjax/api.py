@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from alignjax.core.types import Params, UserError
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer
 from alignjax.models import decoder
+from alignjax.models.config import Config, from_json, to_json
 from alignjax.policies import lm
 from alignjax.policies.combine import tempered
 from alignjax.policies.sample import sample as draw
@@ -29,7 +30,7 @@ class LoadedModel(NamedTuple):
   along when the model is saved.
   """
 
-  config: decoder.Config
+  config: Config
   params: Params
   tokenizer: Tokenizer | ByteTokenizer | None
   tokenizer_file: Path | None = None
@@ -41,7 +42,7 @@ def load(path: str | Path, role: str = 'policy') -> LoadedModel:
   found = model_dir.read(path)
   file = Path(found.tokenizer) if found.tokenizer else None
   return LoadedModel(
-    config=decoder.from_json(found.config),
+    config=from_json(found.config),
     params=model_dir.load(found, role),
     tokenizer=Tokenizer.load(file) if file else None,
     tokenizer_file=file,
@@ -55,7 +56,7 @@ def save(
   """Writes a model directory: all of it or nothing."""
   model_dir.write(
     path,
-    config=decoder.to_json(model.config),
+    config=to_json(model.config),
     params={'policy': model.params},
     provenance=model.provenance,
     tokenizer=model.tokenizer_file,

@@ -18,6 +18,7 @@ from alignjax.core import lookup
 from alignjax.core.types import Model, Params, Recipe, UserError
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer
 from alignjax.models import decoder
+from alignjax.models.config import FREE, Config, from_json, to_json
 from alignjax.policies import lm
 from alignjax.system import model_dir
 
@@ -35,7 +36,7 @@ def tokenizer(path: str) -> Tokenizer | ByteTokenizer:
   return Tokenizer.load(path) if path else ByteTokenizer()
 
 
-def model_config(config: ConfigDict, tokens: Any) -> decoder.Config:
+def model_config(config: ConfigDict, tokens: Any) -> Config:
   """The decoder of the `model` section; it must have room for all tokens.
 
   The name 'start' means the shape of the model directory `start.policy`.
@@ -47,7 +48,7 @@ def model_config(config: ConfigDict, tokens: Any) -> decoder.Config:
       raise UserError(
         "model.name is 'start', so start.policy must be a model directory"
       )
-    shape = decoder.from_json(model_dir.read(origin).config)
+    shape = from_json(model_dir.read(origin).config)
   else:
     shape = lookup.build('models', section)
   if shape.vocab_size < tokens.size:
@@ -77,7 +78,7 @@ def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
 
 
 def load_params(
-  path: str, config: decoder.Config, what: str
+  path: str, config: Config, what: str
 ) -> tuple[Params, model_dir.ModelDir]:
   """(stacked parameters, directory) of a model that must be of `config`."""
   found = model_dir.read(path)
@@ -85,24 +86,20 @@ def load_params(
   return decoder.stacked(config, model_dir.load(found)), found
 
 
-def check_config(
-  found: model_dir.ModelDir, config: decoder.Config, what: str
-) -> None:
+def check_config(found: model_dir.ModelDir, config: Config, what: str) -> None:
   """UserError naming every field of a model that is not as expected."""
-  expected = decoder.to_json(config)
-  # How it is computed is free; what is computed is not.
-  free = ('dtype', 'remat', 'unroll', 'init_std')
+  expected = to_json(config)
   differ = [
     f'{field} is {found.config.get(field)!r}, expected {value!r}'
     for field, value in expected.items()
-    if field not in free and found.config.get(field) != value
+    if field not in FREE and found.config.get(field) != value
   ]
   if differ:
     raise UserError(f'{what}: {found.path} is another model: {differ}')
 
 
 def start(
-  config: Mapping[str, str], decoder_config: decoder.Config
+  config: Mapping[str, str], decoder_config: Config
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """(role -> parameters or '@role', role -> digest of what was read)."""
   origins, digests = {}, {}
@@ -117,6 +114,6 @@ def start(
   return origins, digests
 
 
-def language_model(config: decoder.Config, tokens: Any) -> Model:
+def language_model(config: Config, tokens: Any) -> Model:
   """The model over the tokenizer's legal tokens."""
   return lm.model(config, tokens)

@@ -117,6 +117,7 @@ def _train(config, workdir: Path, fallback: bool) -> int:
 def _export(config, workdir: Path, recipe, state, shape, init) -> None:
   """One model directory for each role that moved; `init` is a digest."""
   from alignjax.models import decoder
+  from alignjax.models.config import to_json
   from alignjax.system import model_dir
 
   provenance: dict[str, Any] = {
@@ -131,7 +132,7 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
       continue
     model_dir.write(
       workdir / ('model' if role == 'policy' else f'model_{role}'),
-      config=decoder.to_json(shape),
+      config=to_json(shape),
       params={'policy': decoder.canonical(params)},
       provenance=provenance | {'role': role},
       tokenizer=config.tokenizer or None,

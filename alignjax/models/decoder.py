@@ -6,8 +6,6 @@ Parameters are plain dicts in the stacked layout of `core.tree`; `canonical`
 and `stacked` convert. Everything is a pure function of (config, params).
 """
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alignjax.core import tree
-from alignjax.core.types import Params, UserError
+from alignjax.core.types import Params
 from alignjax.models import cache as caches
 from alignjax.models.attention import Attention
+from alignjax.models.config import Config
 from alignjax.models.layers import FeedForward, rms_norm
 
 REMAT = {
@@ -26,93 +25,6 @@ REMAT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Shape and numbers of a decoder.
-
-  Attributes:
-    vocab_size: rows of the embedding, V.
-    width: D.
-    hidden: feed-forward width per branch.
-    layers, heads, kv_heads, head_dim: as usual; heads % kv_heads == 0.
-    pattern: kinds of layer, cycled; a last partial cycle is the remainder.
-    window: keys a local layer sees, itself included.
-    query_scale: factor on queries; 0 = head_dim ** -0.5.
-    attn_softcap, final_softcap: caps on logits; None = no cap.
-    rope_base, rope_scale: of global layers; local ones use rope_base_local.
-    qk_norm: RMSNorm on queries and keys. post_norm: after each sublayer.
-    init_std: of every matrix at initialisation.
-    dtype: compute dtype of activations and of the weights while computing.
-    remat: what the backward pass recomputes: 'none', 'dots', 'full'.
-    unroll: pattern groups per iteration of the training scan; more compiles
-      longer and lets the compiler fuse across layers.
-  """
-
-  vocab_size: int
-  width: int
-  hidden: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  pattern: tuple[str, ...] = ('global',)
-  window: int = 4096
-  query_scale: float = 0.0
-  attn_softcap: float | None = None
-  final_softcap: float | None = None
-  rope_base: float = 10_000.0
-  rope_base_local: float = 10_000.0
-  rope_scale: float = 1.0
-  qk_norm: bool = False
-  post_norm: bool = False
-  init_std: float = 0.01
-  dtype: str = 'float32'
-  remat: str = 'none'
-  unroll: int = 1
-
-  def __post_init__(self):
-    object.__setattr__(self, 'pattern', tuple(self.pattern))
-    if not self.query_scale:
-      object.__setattr__(self, 'query_scale', self.head_dim**-0.5)
-    if self.heads % self.kv_heads:
-      raise UserError(
-        f'model: heads = {self.heads} is not a multiple of '
-        f'kv_heads = {self.kv_heads}'
-      )
-    if unknown := set(self.pattern) - {'local', 'global'}:
-      raise UserError(
-        f'model.pattern: {sorted(unknown)} are no kinds of layer; '
-        "expected 'local' or 'global'"
-      )
-    if self.remat not in REMAT:
-      raise UserError(
-        f'model.remat: found {self.remat!r}, expected one of {sorted(REMAT)}'
-      )
-    if self.dtype not in ('float32', 'bfloat16'):
-      raise UserError(
-        f"model.dtype: found {self.dtype!r}, expected 'float32' or 'bfloat16'"
-      )
-
-  def kind(self, layer: int) -> str:
-    return self.pattern[layer % len(self.pattern)]
-
-
-def from_json(values: Mapping[str, Any]) -> Config:
-  """A Config from a dict of its fields."""
-  known = {field.name for field in dataclasses.fields(Config)}
-  if extra := sorted(set(values) - known):
-    raise UserError(f'model: no such fields: {extra}; known: {sorted(known)}')
-  try:
-    return Config(**values)
-  except TypeError as error:
-    raise UserError(f'model: {error}') from None
-
-
-def to_json(config: Config) -> dict[str, Any]:
-  """Plain JSON of a Config; `from_json` reads it back."""
-  return dataclasses.asdict(config) | {'pattern': list(config.pattern)}
 
 
 class Block(nn.Module):

@@ -1,7 +1,7 @@
 """Gemma-shaped configurations and their sharding table."""
 
 from alignjax.core.types import UserError
-from alignjax.models.decoder import Config
+from alignjax.models.config import Config
 
 # What the generations share; sizes come on top. Gemma 2: arXiv 2408.00118.
 FAMILIES = {

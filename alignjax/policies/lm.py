@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from alignjax.core.types import Batch, Bundle, Model, Params, Policy
 from alignjax.models import decoder
+from alignjax.models.config import Config
 from alignjax.policies.combine import restrict
 
 
@@ -24,7 +25,7 @@ class Layouts(NamedTuple):
   layers: Params
 
 
-def model(config: decoder.Config, tokenizer) -> Model:
+def model(config: Config, tokenizer) -> Model:
   """The model of a config and its tokenizer, over legal tokens only.
 
   `tokenizer` has size, pad, stop and illegal (`data.tokenizer`).
@@ -40,7 +41,7 @@ def model(config: decoder.Config, tokenizer) -> Model:
   )
 
 
-def lm(config: decoder.Config, role: str, pad: int = 0) -> Policy:
+def lm(config: Config, role: str, pad: int = 0) -> Policy:
   """The bare distribution of `role`: raw logits, nothing masked."""
 
   def view(bundle: Bundle, batch: Batch) -> Layouts:

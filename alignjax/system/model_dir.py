@@ -14,7 +14,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +52,8 @@ class ModelDir(NamedTuple):
     provenance: where the weights come from, as JSON.
     checksums: role -> leaf name -> crc32 of its bytes, in hex.
     tokenizer: the tokenizer file, or None.
+    files: every file that travels along (tokenizer, chat template, generation
+      settings), the tokenizer file included.
   """
 
   path: epath.Path
@@ -62,6 +64,7 @@ class ModelDir(NamedTuple):
   provenance: dict[str, Any]
   checksums: dict[str, dict[str, str]]
   tokenizer: epath.Path | None
+  files: tuple[epath.Path, ...]
 
 
 def read(path: epath.PathLike) -> ModelDir:
@@ -100,6 +103,13 @@ def read(path: epath.PathLike) -> ModelDir:
     provenance=facts['provenance'],
     checksums=facts['checksums'],
     tokenizer=tokenizer if tokenizer.exists() else None,
+    files=tuple(
+      sorted(
+        file
+        for file in path.iterdir()
+        if file.is_file() and file.name != 'model.json'
+      )
+    ),
   )
 
 
@@ -175,6 +185,7 @@ def write(
   params: Mapping[str, Any],
   provenance: Mapping[str, Any],
   tokenizer: epath.PathLike | None = None,
+  files: Sequence[epath.PathLike] = (),
   view: str = 'plain',
   head: str = 'tied',
   overwrite: bool = False,
@@ -188,7 +199,8 @@ def write(
     provenance: JSON. A training run records its start here, as
       {'init': {'checksum': digest of the init's params}}: merge then refuses
       models of different bases.
-    tokenizer: a file to copy, or None.
+    tokenizer: a file to copy as tokenizer.model, or None.
+    files: others to copy under their own names.
     view: see ModelDir.
     head: see ModelDir.
     overwrite: replace an existing model directory.
@@ -198,6 +210,7 @@ def write(
     config=config,
     provenance=provenance,
     tokenizer=tokenizer,
+    files=files,
     view=view,
     head=head,
     overwrite=overwrite,
@@ -218,6 +231,7 @@ def writer(
   config: Mapping[str, Any],
   provenance: Mapping[str, Any],
   tokenizer: epath.PathLike | None = None,
+  files: Sequence[epath.PathLike] = (),
   view: str = 'plain',
   head: str = 'tied',
   overwrite: bool = False,
@@ -229,8 +243,12 @@ def writer(
   """
   path = _absolute(path)
   check_free(path, overwrite)
-  if tokenizer is not None and not epath.Path(tokenizer).exists():
-    raise UserError(f'no tokenizer file at {tokenizer}')
+  copies = {epath.Path(file).name: epath.Path(file) for file in files}
+  if tokenizer is not None:
+    copies[TOKENIZER] = epath.Path(tokenizer)
+  for file in copies.values():
+    if not file.exists():
+      raise UserError(f'no tokenizer file at {file}')
   partial = path.parent / f'.{path.name}.partial'
   sums: dict[str, dict[str, str]] = {}
   part: dict[str, dict[str, np.ndarray]] = {}
@@ -250,8 +268,8 @@ def writer(
     (partial / 'params').mkdir(parents=True)
     yield put
     _flush(partial, part)
-    if tokenizer is not None:
-      epath.Path(tokenizer).copy(partial / TOKENIZER)
+    for name, file in copies.items():
+      file.copy(partial / name)
     facts = {
       'format': FORMAT,
       'config': dict(config),

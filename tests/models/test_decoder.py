@@ -10,6 +10,7 @@ import pytest
 from alignjax.core import tree
 from alignjax.core.types import UserError
 from alignjax.models import decoder
+from alignjax.models.config import from_json, to_json
 from tests import tiny
 
 
@@ -154,7 +155,7 @@ def test_bad_shapes_are_told_in_one_sentence():
     tiny.config(remat='some')
   with pytest.raises(UserError, match="family: found 'gemma9'"):
     tiny.config(family='gemma9')
-  values = decoder.to_json(tiny.config())
-  assert decoder.from_json(values) == tiny.config()
+  values = to_json(tiny.config())
+  assert from_json(values) == tiny.config()
   with pytest.raises(UserError, match='no such fields'):
-    decoder.from_json(values | {'depth': 3})
+    from_json(values | {'depth': 3})
