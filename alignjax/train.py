@@ -95,7 +95,11 @@ def init_state(
         bundle[role] = bundle[origin[1:]]
     params = {k: v for k, v in bundle.items() if k not in recipe.follow}
     params = tree.cast(params, jnp.float32)  # master weights
-    frozen = {k: bundle[k] for k in recipe.follow}
+    # A follower in bfloat16 would never move; a fixed role may stay as it is.
+    frozen = {
+      k: bundle[k] if follow is None else tree.cast(bundle[k], jnp.float32)
+      for k, follow in recipe.follow.items()
+    }
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,

@@ -4,17 +4,19 @@ Kept free of heavy imports, so that `alignjax --help` is instant. A traceback
 is for bugs; a UserError is one line on stderr and exit code 2.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 VERBS = {
   'run': 'run the job graph of a config on this machine',
   'train': 'one training run',
-  'sample': 'text from a model directory',
+  'sample': 'text from a model, or a conversation with it',
   'evaluate': 'reward, KL, win rate and diversity of models',
   'merge': 'merge the weights of models',
+  'convert': 'rewrite a model in another format, with a certificate',
   'report': 'one offline HTML file from runs and evaluations',
-  'inspect': 'what a model directory or checkpoint holds',
+  'inspect': 'what a model, by name or on disk, or a training run holds',
   'tokenizer': 'train a SentencePiece tokenizer from text',
 }
 
@@ -31,9 +33,15 @@ def call(
 ) -> int:
   """Exit code of `main(argv)`; argv defaults to the process's arguments."""
   try:
-    return main(sys.argv[1:] if argv is None else argv) or OK
+    code = main(sys.argv[1:] if argv is None else argv) or OK
+    sys.stdout.flush()
+    return code
   except KeyboardInterrupt:
     return KEYBOARD
+  except BrokenPipeError:
+    # `| head` has seen enough; the interpreter's own flush must not complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OK
   except Exception as error:
     from alignjax.core.types import UserError
 

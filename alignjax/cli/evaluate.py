@@ -67,7 +67,6 @@ def _setting(config) -> _Setting:
   from alignjax import evaluate
   from alignjax.cli import parts
   from alignjax.core import lookup
-  from alignjax.system import model_dir
 
   tokens = parts.tokenizer(config.tokenizer)
   shape = parts.model_config(config, tokens)
@@ -77,8 +76,7 @@ def _setting(config) -> _Setting:
   )
   directories = {}
   for entry in config.models:
-    found = model_dir.read(entry['path'])
-    parts.check_config(found, shape, f'models: {entry["name"]}')
+    found = parts.opened(entry['path'], shape, f'models: {entry["name"]}')
     directories[entry['name']] = found
   if config.prompts > len(source) or config.prompts % config.batch_size:
     raise UserError(
@@ -108,8 +106,6 @@ def _setting(config) -> _Setting:
 
 def _evaluate(config, workdir: Path) -> None:
   from alignjax.cli import parts
-  from alignjax.models import decoder
-  from alignjax.system import model_dir
 
   setting = _setting(config)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -118,12 +114,10 @@ def _evaluate(config, workdir: Path) -> None:
   plain.pop('models')
 
   def load(name):
-    return decoder.stacked(
-      setting.shape, model_dir.load(setting.directories[name])
-    )
+    return parts.load_params(setting.directories[name], setting.shape)
 
   digests = {
-    name: model_dir.digest(directory)
+    name: parts.digest(directory)
     for name, directory in setting.directories.items()
   }
   reference = load(config.reference)

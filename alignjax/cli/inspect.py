@@ -1,28 +1,53 @@
-"""`alignjax inspect PATH [--diff OTHER]`: what a model directory holds.
+"""`alignjax inspect WHAT`: what a model holds and what it will need.
 
-Reads and prints. With --diff also how far another model has moved, layer by
-layer, one leaf at a time.
+WHAT is the name of a released model, a model directory of any format, or a
+training run. `cli/facts.py` gathers, this file prints: tables, or --json. Not a
+converter: it writes no files.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alignjax.cli import console
+
+LENGTHS = (4096, 32_768, 131_072)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='alignjax inspect',
-    description='Sizes, leaves, config and provenance of a model directory.',
+    description='Sizes, cache memory, leaves, config and provenance of a'
+    ' model; steps and leaves of a training run. Nothing is allocated.',
     allow_abbrev=False,
   )
-  parser.add_argument('path', metavar='PATH', help='a model directory')
+  parser.add_argument(
+    'path',
+    metavar='WHAT',
+    help='a released model (gemma3-27b), a model directory (ours, Hugging'
+    " Face, DeepMind), a training run's workdir or one of its checkpoints",
+  )
+  parser.add_argument(
+    '--length',
+    type=int,
+    action='append',
+    metavar='T',
+    help='cache size at T tokens; may be repeated (4096, 32768, 131072)',
+  )
+  parser.add_argument('--batch', type=int, default=1, help='rows of the cache')
+  parser.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    help="of the cache; the model's own, bfloat16 for a released model",
+  )
+  parser.add_argument('--json', action='store_true', help='the facts as JSON')
   parser.add_argument(
     '--diff',
     metavar='OTHER',
-    help='the task vector OTHER - PATH: its norm per layer, and that norm'
-    ' relative to the weights of PATH',
+    help='the task vector OTHER - WHAT: its norm per layer, and that norm'
+    ' relative to the weights of WHAT; formats may differ',
   )
   parser.add_argument(
     '--role', metavar='R', default='policy', help='for --diff; policy'
@@ -31,109 +56,164 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Prints tables. Raises UserError if a directory is not sound."""
+  """Prints tables. Raises UserError if what is named is not sound."""
   args = _parser().parse_args(argv)
 
   from rich.console import Console
 
-  from alignjax.system import model_dir
+  from alignjax.cli import facts
+  from alignjax.core.types import UserError
 
-  model = model_dir.read(args.path)
-  # Results go to stdout whole: a pipe has no width to cut at.
-  out = Console(highlight=False, soft_wrap=True)
+  if args.batch < 1 or min(args.length or [1]) < 1:
+    raise UserError('--batch and --length must be at least 1')
+
+  show: Callable[[Any, dict[str, Any]], None]
+  path = Path(args.path)
   if args.diff is not None:
-    other = model_dir.read(args.diff)
-    out.print(_difference(model, other, args.role))
-    return console.OK
-  out.print(f'{model.path}', markup=False)
-  out.print(f'view {model.view}, head {model.head}', markup=False)
-  out.print(f'tokenizer {model.tokenizer or "none"}', markup=False)
-  for role in model.roles:
-    out.print(_leaves(model, role))
-  for title in ('config', 'provenance'):
-    out.print(title, style='bold')
-    out.print_json(data=getattr(model, title))
+    found = facts.difference(args.path, args.diff, args.role)
+    show = _show_difference
+  elif steps := facts.checkpoints(path):
+    found, show = facts.run(path, steps), _show_run
+  else:
+    lengths = sorted(set(args.length or LENGTHS))
+    found = facts.model(
+      args.path, lengths=lengths, batch=args.batch, dtype=args.dtype
+    )
+    show = _show_model
+  if args.json:
+    print(json.dumps(found, indent=2))
+  else:
+    # Results go to stdout whole: a pipe has no width to cut at.
+    show(Console(highlight=False, soft_wrap=True), found)
   return console.OK
 
 
-def _leaves(model: Any, role: str) -> Any:
-  import math
-
-  from rich.table import Table
-
-  from alignjax.system import model_dir
-
-  leaves = model_dir.leaves(model, role)
-  counts = {name: math.prod(leaf.shape) for name, leaf in leaves.items()}
-  table = Table(
-    title=f'{role}: {sum(counts.values()):,} parameters,'
-    f' {len(leaves)} leaves, digest {model_dir.digest(model, role)[:12]}',
-    title_justify='left',
+def _show_model(out: Any, found: dict[str, Any]) -> None:
+  count, config = found['parameters'], found['config']
+  on_disk = found['format'] != 'released'
+  kinds = ', '.join(f'{n} {kind}' for kind, n in found['layers'].items())
+  window = (
+    f', window {config["window"]:,}' if 'local' in found['layers'] else ''
   )
-  table.add_column('leaf', no_wrap=True)
-  table.add_column('shape', no_wrap=True)
-  table.add_column('dtype', no_wrap=True)
-  table.add_column('parameters', justify='right', no_wrap=True)
-  for name in sorted(leaves, key=_natural):
-    leaf = leaves[name]
-    shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
-    table.add_row(name, shape, str(leaf.dtype), f'{counts[name]:,}')
-  return table
-
-
-def _natural(name: str) -> list[Any]:
-  """layer_2 before layer_10."""
-  import re
-
-  return [
-    (0, int(part), '') if part.isdigit() else (1, 0, part)
-    for part in re.split(r'(\d+)', name)
+  lines = [
+    f'{found["name"]}',
+    f'format {found["format"]}' if on_disk else 'released model, no weights',
+    f'{count["all"]:,} parameters: embedding {_short(count["embedding"], "B")},'
+    f' body {_short(count["body"], "B")}; {_short(count["bytes"])}B',
+    f'{config["layers"]} layers: {kinds}{window}',
   ]
+  if on_disk:
+    lines.append(f'tokenizer {found["tokenizer"] or "none"}')
+    lines.append(f'files {", ".join(found["files"]) or "none"}')
+  for role, digest in found.get('roles', {}).items():
+    lines.append(f'role {role}, digest {digest[:12]}')
+  if extra := found.get('extra'):
+    size = sum(leaf['bytes'] for leaf in extra.values())
+    lines.append(
+      f"{len(extra)} tensors that are not the decoder's, {_short(size)}B"
+    )
+  for line in lines:
+    out.print(line, markup=False)
+  _show_cache(out, found['cache'])
+  if on_disk:
+    out.print(_leaves('leaves', found['leaves']))
+  for title in ('config', 'provenance'):
+    if title in found:
+      out.print(title, style='bold')
+      out.print_json(data=found[title])
 
 
-def _difference(base: Any, model: Any, role: str) -> Any:
-  """Table of group, norm of the task vector, and relative to the weights."""
-  import math
+def _show_cache(out: Any, cache: dict[str, Any]) -> None:
+  fixed = [
+    f'{_short(cache[field])}B of {what}'
+    for field, what in (
+      ('ring_bytes', 'rings in local layers'),
+      ('recurrent_bytes', 'recurrent states'),
+    )
+    if cache[field]
+  ]
+  out.print(
+    f'cache of {cache["batch"]} x {cache["dtype"]}:'
+    f' {cache["kv_bytes_per_token"]:,} bytes of keys and values per token;'
+    f' what does not grow: {" and ".join(fixed) or "nothing"}',
+    markup=False,
+  )
+  rows = [
+    (
+      f'{row["length"]:,}',
+      f'{_short(row["bytes"])}B',
+      f'{_short(row["full_length_bytes"])}B',
+      f'{row["ratio"]:.1%}',
+    )
+    for row in cache['lengths']
+  ]
+  columns = ('length', 'cache', 'full-length caches', 'ratio')
+  out.print(_table('', columns, rows))
 
+
+def _leaves(title: str, leaves: Mapping[str, Any]) -> Any:
+  from alignjax.cli import facts
+
+  columns = ['leaf', 'shape', 'dtype', 'parameters']
+  if any('from' in leaf for leaf in leaves.values()):
+    columns.append('from')
+  rows = []
+  for name in sorted(leaves, key=facts.natural):
+    leaf = leaves[name]
+    shape = ' x '.join(map(str, leaf['shape'])) or 'scalar'
+    row = [name, shape, leaf['dtype'], f'{leaf["parameters"]:,}']
+    rows.append([*row, ' + '.join(leaf.get('from', []))][: len(columns)])
+  return _table(f'{title}: {len(leaves)}', columns, rows)
+
+
+def _show_run(out: Any, found: dict[str, Any]) -> None:
+  out.print(found['name'], markup=False)
+  models = ', '.join(found['models']) or 'none'
+  out.print(f'training run; finished models: {models}', markup=False)
+  rows = []
+  for checkpoint in found['checkpoints']:
+    step, disk = checkpoint['step'], f'{_short(checkpoint["bytes_on_disk"])}B'
+    for group, sums in checkpoint['holds'].items():
+      numbers = (f'{sums[field]:,}' for field in ('leaves', 'parameters'))
+      rows.append((step, group, *numbers, f'{_short(sums["bytes"])}B', disk))
+      step = disk = ''  # once a checkpoint
+  columns = ('step', 'holds', 'leaves', 'parameters', 'size', 'on disk')
+  out.print(_table('checkpoints', columns, rows))
+  newest = found['checkpoints'][-1]
+  out.print(_leaves(f'leaves of step {newest["step"]}', newest['leaves']))
+
+
+def _show_difference(out: Any, found: dict[str, Any]) -> None:
+  rows = [
+    (name, f'{norm:.6g}', '-' if relative is None else f'{relative:.3e}')
+    for name, (norm, relative) in found['norms'].items()
+  ]
+  title = f'{found["model"]} - {found["base"]}'
+  out.print(_table(title, ('layer', 'norm', 'norm / weights'), rows))
+
+
+_WORDS = ('leaf', 'shape', 'dtype', 'from', 'step', 'holds', 'layer')
+
+
+def _table(title: str, columns: Sequence[str], rows: Any) -> Any:
   from rich.table import Table
 
-  norms = _norms(base, model, role)
-  total = tuple(map(sum, zip(*norms.values())))
-  table = Table(title=f'{model.path} - {base.path}', title_justify='left')
-  table.add_column('layer', no_wrap=True)
-  for column in ('norm', 'norm / weights'):
-    table.add_column(column, justify='right', no_wrap=True)
-  rows = {name: norms[name] for name in sorted(norms, key=_natural)}
-  for name, (moved, weights) in {**rows, 'all': total}.items():
-    # A zero weight group (a fresh norm scale) has no relative norm.
-    relative = f'{math.sqrt(moved / weights):.3e}' if weights else '-'
-    table.add_row(name, f'{math.sqrt(moved):.6g}', relative)
+  table = Table(title=title or None, title_justify='left')
+  for column in columns:
+    justify = 'left' if column in _WORDS else 'right'
+    table.add_column(column, justify=justify, no_wrap=True)
+  for row in rows:
+    table.add_row(*row)
   return table
 
 
-def _norms(base: Any, model: Any, role: str) -> dict[str, tuple[float, float]]:
-  """Group -> squared norms of the task vector and of the base."""
-  import numpy as np
-
-  from alignjax.merge import memory, methods
-  from alignjax.system import model_dir
-
-  leaves = model_dir.leaves(base, role)
-  memory.check_same(
-    str(base.path), leaves, {str(model.path): model_dir.leaves(model, role)}
-  )
-  out: dict[str, tuple[float, float]] = {}
-  for name, spec in leaves.items():
-    if not memory.is_float(spec):
-      continue
-    a = model_dir.load_leaf(base, role, name).astype(np.float32)
-    b = model_dir.load_leaf(model, role, name).astype(np.float32)
-    moved, weights = out.get(methods.group_of(name, 'layer'), (0.0, 0.0))
-    out[methods.group_of(name, 'layer')] = (
-      moved + float(np.sum(np.square(b - a), dtype=np.float64)),
-      weights + float(np.sum(np.square(a), dtype=np.float64)),
-    )
-  return out
+def _short(n: int, billion: str = 'G') -> str:
+  """1,412,000,000 -> '1.41 G'."""
+  units = ((1e12, 'T'), (1e9, billion), (1e6, 'M'), (1e3, 'k'))
+  for size, name in units:
+    if n >= size:
+      return f'{n / size:.3g} {name}'
+  return f'{n} '
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ recipe's positional parameters are built from the sections of the same names.
 Nothing below this file reads a config.
 """
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
@@ -14,11 +15,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from alignjax.core import lookup
+from alignjax.core import lookup, tree
 from alignjax.core.types import Model, Params, Recipe, UserError
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer
+from alignjax.interop import open as files_of
+from alignjax.interop.opened import Opened
 from alignjax.models import decoder
-from alignjax.models.config import FREE, Config, from_json, to_json
+from alignjax.models.config import FREE, Config, to_json
 from alignjax.policies import lm
 from alignjax.system import model_dir
 
@@ -39,7 +42,7 @@ def tokenizer(path: str) -> Tokenizer | ByteTokenizer:
 def model_config(config: ConfigDict, tokens: Any) -> Config:
   """The decoder of the `model` section; it must have room for all tokens.
 
-  The name 'start' means the shape of the model directory `start.policy`.
+  The name 'start' means the shape of `start.policy`, a model in any format.
   """
   section = config.model
   if section['name'] == 'start':
@@ -48,7 +51,7 @@ def model_config(config: ConfigDict, tokens: Any) -> Config:
       raise UserError(
         "model.name is 'start', so start.policy must be a model directory"
       )
-    shape = from_json(model_dir.read(origin).config)
+    shape = files_of.open(origin).config
   else:
     shape = lookup.build('models', section)
   if shape.vocab_size < tokens.size:
@@ -77,25 +80,36 @@ def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
   return lookup.build('recipes', config.recipe, *parts)
 
 
-def load_params(
-  path: str, config: Config, what: str
-) -> tuple[Params, model_dir.ModelDir]:
-  """(stacked parameters, directory) of a model that must be of `config`."""
-  found = model_dir.read(path)
-  check_config(found, config, what)
-  return decoder.stacked(config, model_dir.load(found)), found
+def load_params(found: Opened, what: Config) -> Params:
+  """Stacked parameters of an opened model."""
+  return decoder.stacked(
+    what, tree.nested({name: found.load(name) for name in found.leaves})
+  )
 
 
-def check_config(found: model_dir.ModelDir, config: Config, what: str) -> None:
-  """UserError naming every field of a model that is not as expected."""
+def digest(found: Opened) -> str:
+  """One name for the weights of an opened model, in any format."""
+  if found.format == 'alignjax':
+    return model_dir.digest(model_dir.read(found.path))
+  sums: dict[str, str] = {}
+  for name in found.leaves:
+    sums |= model_dir.checksums({name: found.load(name)})
+  return model_dir.digest_of(sums)
+
+
+def opened(path: str, config: Config, what: str) -> Opened:
+  """A model on disk, which must be of `config`."""
+  found = files_of.open(path)
+  # How it is computed is free; what is computed is not.
   expected = to_json(config)
   differ = [
-    f'{field} is {found.config.get(field)!r}, expected {value!r}'
-    for field, value in expected.items()
-    if field not in FREE and found.config.get(field) != value
+    f'{field} is {value!r}, expected {expected[field]!r}'
+    for field, value in to_json(found.config).items()
+    if field not in FREE and value != expected[field]
   ]
   if differ:
     raise UserError(f'{what}: {found.path} is another model: {differ}')
+  return found
 
 
 def start(
@@ -109,9 +123,20 @@ def start(
     if origin.startswith('@'):
       origins[role] = origin
       continue
-    origins[role], found = load_params(origin, decoder_config, f'start.{role}')
-    digests[role] = model_dir.digest(found)
+    found = opened(origin, decoder_config, f'start.{role}')
+    origins[role] = load_params(found, decoder_config)
+    digests[role] = digest(found)
   return origins, digests
+
+
+def on_mesh(config: Config, mesh: jax.sharding.Mesh) -> Config:
+  """`config` with kernels that the compiler can split over a mesh."""
+  if mesh.size == 1:
+    return config
+  # A Pallas kernel is opaque to the partitioner.
+  free = {'attention': 'chunked', 'recurrence': 'linear'}
+  auto = {k: v for k, v in free.items() if getattr(config, k) == 'auto'}
+  return dataclasses.replace(config, **auto)
 
 
 def language_model(config: Config, tokens: Any) -> Model:

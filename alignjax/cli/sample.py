@@ -1,8 +1,14 @@
-"""`alignjax sample`: text from a model directory."""
+"""`alignjax sample`: text from a model of any format, or a conversation.
+
+Without --chat: prompts in, texts out. With it, `cli/chat.py` takes over.
+"""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from alignjax.cli import console
 from alignjax.core.types import UserError
@@ -11,14 +17,16 @@ from alignjax.core.types import UserError
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='alignjax sample',
-    description='Text from a model directory. Without --prompt, each line of '
-    'standard input is a prompt.',
+    description='Text from a model directory, or a conversation with --chat. '
+    'Without --prompt, each line of standard input is a prompt or a message.',
     allow_abbrev=False,
   )
   parser.add_argument('path', metavar='PATH', help='a model directory')
   parser.add_argument('--prompt', action='append', metavar='TEXT')
   parser.add_argument('--n', type=int, default=1, help='texts per prompt')
-  parser.add_argument('--max_new_tokens', type=int, default=64)
+  parser.add_argument(
+    '--max_new_tokens', type=int, help='64; 1024 of an answer with --chat'
+  )
   parser.add_argument('--temperature', type=float, default=1.0)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
@@ -32,18 +40,35 @@ def _parser() -> argparse.ArgumentParser:
     default='verify.python_code',
     help='a reward that needs only the text',
   )
+  parser.add_argument(
+    '--chat', action='store_true', help='hold a conversation in the terminal'
+  )
+  parser.add_argument(
+    '--system', metavar='TEXT', help='for --chat: what the model is told first'
+  )
   return parser
 
 
 def main(argv: Sequence[str]) -> int:
   """Exit code; raises UserError for bad input."""
   args = _parser().parse_args(argv)
+  if args.max_new_tokens is None:
+    args.max_new_tokens = 1024 if args.chat else 64
   if args.temperature < 0 or args.n < 1 or args.max_new_tokens < 1:
     raise UserError(
       '--temperature must be at least 0, --n and --max_new_tokens at least 1'
     )
   if args.best_of is not None and args.best_of < args.n:
     raise UserError(f'--best-of={args.best_of} is less than --n={args.n}')
+  if args.chat:
+    if args.prompt or args.best_of or args.n > 1:
+      raise UserError(
+        '--chat reads messages from standard input: no --prompt, --n or'
+        ' --best-of'
+      )
+    return _chat(args)
+  if args.system is not None:
+    raise UserError('--system needs --chat')
   prompts = args.prompt
   if prompts is None:
     prompts = [line.rstrip('\n') for line in sys.stdin]
@@ -55,8 +80,10 @@ def main(argv: Sequence[str]) -> int:
   import jax
 
   from alignjax import api
+  from alignjax.cli.chat import note
 
-  model = api.load(args.path)
+  model = _loaded(args.path)
+  note('compiling and writing ...')
   texts = api.sample(
     model,
     prompts,
@@ -65,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
     count=args.best_of or args.n,
     key=jax.random.key(args.seed),
   )
+  note('')
   for prompt, written in zip(prompts, texts):
     if args.best_of:
       written = _best(args, model.tokenizer, prompt, written)
@@ -72,6 +100,53 @@ def main(argv: Sequence[str]) -> int:
       print(f'{prompt}{text}')
       if len(prompts) > 1 or len(written) > 1:
         print('-' * 72)
+  return console.OK
+
+
+def _loaded(path: str) -> Any:
+  """The model, with a word on what takes the time."""
+  import math
+
+  from alignjax import api
+  from alignjax.cli import parts
+  from alignjax.cli.chat import note
+  from alignjax.interop.open import open as open_model
+
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  parts.compilation_cache(Path(cache) / 'alignjax')
+  leaves = open_model(path).leaves
+  count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+  note(f'reading {count / 1e9:.2g} B parameters ...')
+  model = api.load(path)
+  note('')
+  return model
+
+
+def _chat(args: argparse.Namespace) -> int:
+  from alignjax.cli import chat
+  from alignjax.data.format import chat_tokens
+  from alignjax.data.tokenizer import Tokenizer
+  from alignjax.interop.open import open as open_model
+
+  file = open_model(args.path).tokenizer
+  if file is None:
+    raise UserError(
+      f'{args.path} has no tokenizer.model, which a conversation needs'
+    )
+  # Its turn marks, and whether it has system messages, before the weights.
+  first = [{'role': 'user', 'content': ''}]
+  if args.system is not None:
+    first.insert(0, {'role': 'system', 'content': args.system})
+  chat_tokens(Tokenizer.load(file), first, where='--system')
+  model = _loaded(args.path)
+  chat.converse(
+    model,
+    chat.typed(),
+    system=args.system,
+    max_new_tokens=args.max_new_tokens,
+    temperature=args.temperature,
+    seed=args.seed,
+  )
   return console.OK
 
 

@@ -65,11 +65,12 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   from alignjax import train
   from alignjax.cli import parts
   from alignjax.core import lookup, tree
-  from alignjax.models import gemma
+  from alignjax.models import gemma, recurrentgemma
   from alignjax.system import mesh as meshes
 
   tokens = parts.tokenizer(config.tokenizer)
-  shape = parts.model_config(config, tokens)
+  mesh = meshes.make(dict(config.mesh))
+  shape = parts.on_mesh(parts.model_config(config, tokens), mesh)
   model = parts.language_model(shape, tokens)
   recipe = parts.recipe(config, model, tokens)
   schedule = train.Schedule(
@@ -77,7 +78,6 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   )
   updates = schedule.steps * recipe.updates
   tx = lookup.build('system', config.optimizer, updates)
-  mesh = meshes.make(dict(config.mesh))
   meshes.check_rows(mesh, config.batch_size, schedule.microbatches)
   source = lookup.build(
     'data', config.source, tokens, config.batch_size, schedule.seed
@@ -90,8 +90,9 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   environment = json.dumps(_environment(), indent=2)
   files.write(workdir / 'config.json', configs.to_json(config))
   files.write(workdir / 'environment.json', environment)
+  table = gemma.SHARDING + recurrentgemma.SHARDING
   state = train.init_state(
-    recipe, tx, schedule.seed, start=origins, mesh=mesh, table=gemma.SHARDING
+    recipe, tx, schedule.seed, start=origins, mesh=mesh, table=table
   )
   size = f'{tree.size(state.params) / 1e6:.2f} M parameters'
   _say(workdir, f'{config.recipe.name}, {size}, {schedule.steps} steps')

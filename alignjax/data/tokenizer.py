@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ _OPTIONS: dict[str, Any] = {
 }
 _TRAIN_BYTES = 2_500_000
 _CHUNK_LINES = 40
+# <start_of_turn> of Gemma 1, Gemma 2 and RecurrentGemma, whose chat format has
+# no system message. Gemma 3's is 105.
+_GEMMA2_TURN = 106
+# Bytes of a character that may be missing at the end of a text.
+_UNSURE = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +72,7 @@ class Tokenizer:
     size: number of ids.
     stop: ids that end a response, and belong to it.
     illegal: ids that are never sampled.
+    system: whether the chat format of its models has a system message.
   """
 
   path: str
@@ -81,7 +87,7 @@ class Tokenizer:
   special: frozenset[int]
 
   @classmethod
-  def load(cls, path: str | Path) -> 'Tokenizer':
+  def load(cls, path: epath.PathLike) -> 'Tokenizer':
     """Read a model file; raises UserError if it is missing or unusable."""
     file = epath.Path(path)
     if not file.exists():
@@ -100,6 +106,8 @@ class Tokenizer:
         f'{path}: adds a space in front of text or knows no bytes, expected'
         ' a model that keeps text as it is'
       )
+    # Gemma marks only pad, eos and bos as control; its turn marks are
+    # user-defined pieces like newlines and '<table>', which are text.
     specials = frozenset(
       i
       for i in range(size)
@@ -127,6 +135,10 @@ class Tokenizer:
   @property
   def illegal(self) -> tuple[int, ...]:
     return tuple(sorted(self.special - set(self.stop)))
+
+  @property
+  def system(self) -> bool:
+    return self.start_of_turn != _GEMMA2_TURN
 
   @functools.cached_property
   def _space_bytes(self) -> list[int]:
@@ -192,6 +204,7 @@ class ByteTokenizer:
   unk: int = 3
   start_of_turn: int = 4
   end_of_turn: int = 5
+  system: bool = True
 
   @property
   def stop(self) -> tuple[int, ...]:
@@ -215,6 +228,31 @@ class ByteTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids; special ones are dropped, broken UTF-8 is replaced."""
     return bytes(i - 6 for i in ids if i >= 6).decode('utf-8', 'replace')
+
+
+def streamed(
+  decode: Callable[[Sequence[int]], str], blocks: Iterable[Sequence[int]]
+) -> Iterator[str]:
+  """Text of a response while it grows, whole characters only.
+
+  `decode` is a tokenizer's, `blocks` are the ids as they come; what is yielded
+  adds up to `decode` of all of them. Half a character waits for its other half.
+  """
+  pending: list[int] = []
+  said = 0
+  for ids in blocks:
+    pending += ids
+    text = decode(pending)
+    sure = len(text)
+    while sure > len(text) - _UNSURE and text[:sure].endswith('\ufffd'):
+      sure -= 1
+    if sure > said:
+      yield text[said:sure]
+      said = sure
+    if sure == len(text):
+      pending, said = [], 0
+  if rest := decode(pending)[said:]:
+    yield rest
 
 
 def train(

@@ -1,37 +1,26 @@
-"""Attention with one meaning: causal by position, inside a segment and window.
+"""Attention with one meaning and several implementations.
 
-`attention` is the meaning in plain XLA; a faster implementation must return
-the same numbers. It knows arrays only: projections, rotary embedding and
-caches are the model's.
+`attention_plain` is the meaning; `attention_chunked` and `attention_splash`
+return the same numbers with less memory. All know arrays only: projections,
+rotary embedding and caches are the model's.
 """
 
+from functools import partial
+
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Finite on purpose: a row without any visible key must not become NaN.
-MASKED = -2.3819763e38
+from alignjax.core.types import UserError
+from alignjax.kernels import attention_chunked as chunked
+from alignjax.kernels import attention_plain as plain
+from alignjax.kernels import attention_splash as splash
+from alignjax.kernels.attention_plain import Tokens
 
-
-def visible(
-  q_position: Int[Array, 'B T'],
-  k_position: Int[Array, 'B S'],
-  q_segment: Int[Array, 'B T'] | None = None,
-  k_segment: Int[Array, 'B S'] | None = None,
-  window: int | None = None,
-):
-  """Which keys a query sees, bool [B, T, S].
-
-  A key at position -1 is an empty slot or padding. `window` counts the query
-  itself: W keys in all, measured in positions.
-  """
-  q, k = q_position[:, :, None], k_position[:, None, :]
-  seen = (k >= 0) & (k <= q)
-  if window is not None:
-    seen &= k > q - window
-  if q_segment is not None and k_segment is not None:
-    seen &= q_segment[:, :, None] == k_segment[:, None, :]
-  return seen
+IMPLEMENTATIONS = ('auto', 'plain', 'chunked', 'splash')
+# Logits per head up to which one product is as good as chunks, on a CPU.
+_FEW = 64 * 64
+# There, the logits of a block should stay in a core's cache.
+_CPU_BLOCKS = dict(query_block=64, key_block=64)
 
 
 def attention(
@@ -45,22 +34,69 @@ def attention(
   k_segment: Int[Array, 'B S'] | None = None,
   window: int | None = None,
   softcap: float | None = None,
+  q_block: Int[Array, 'B T'] | None = None,
+  k_block: Int[Array, 'B S'] | None = None,
+  aligned: bool = False,
+  implementation: str = 'auto',
 ) -> Float[Array, 'B T H h']:
-  """Grouped-query attention; `q` is already scaled.
+  """Grouped-query attention; softmax in float32, output in v's dtype.
 
-  Query head i reads key head i // (H / K). The cap comes before the mask and
-  the softmax is float32 (Gemma 2, arXiv 2408.00118, section 2).
+  Rows that see no key (padding) are finite and otherwise undefined.
+
+  Args:
+    q: already scaled. Query head i reads key head i // (H / K).
+    k, v: keys and values, in any order.
+    q_position, k_position: in the document; -1 = padding or an empty slot.
+    q_segment, k_segment: documents of a packed row.
+    window: keys seen, the query's own included; None = all.
+    softcap: logits become softcap * tanh(logits / softcap) before the mask.
+    q_block, k_block: equal non-zero = mutually visible (image tokens).
+    aligned: promise that keys are the queries' own columns, that a row without
+      segments is one document, and that documents and blocks are contiguous
+      and in order. Lets keys be skipped by column.
+    implementation: 'auto' goes by shape and by the platform that the program
+      is lowered for, which need not be the one it is traced on.
+
+  Raises:
+    UserError: no such implementation, or the one named does not apply.
   """
-  batch, length, heads, dim = q.shape
-  kv_heads = k.shape[2]
-  q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-  logits = jnp.einsum(
-    'btkgh,bskh->bkgts', q, k, preferred_element_type=jnp.float32
+  both = dict(window=window, softcap=softcap)
+  choices = {
+    'plain': partial(plain.attention, **both),
+    'chunked': partial(chunked.attention, aligned=aligned, **both),
+    'splash': partial(splash.attention, **both),
+  }
+  queries = Tokens(q_position, q_segment, q_block)
+  keys = Tokens(k_position, k_segment, k_block)
+  problems = splash.obstacles(q, k, queries, aligned)
+  _check(implementation, problems)
+  if implementation == 'auto':
+    few = q.shape[1] == 1 or q.shape[1] * k.shape[1] <= _FEW
+    chosen = choices['plain'] if few else _by_platform(choices, not problems)
+  else:
+    chosen = choices[implementation]
+  return chosen(q, k, v, queries, keys)
+
+
+def _by_platform(choices, splash_applies):
+  """What the platform of the lowering decides; no branch reaches a compiler."""
+  # GPU goes by the default: cuDNN's kernel has neither cap nor segments.
+  platforms = {'cpu': partial(choices['chunked'], **_CPU_BLOCKS)}
+  if splash_applies:
+    platforms['tpu'] = choices['splash']
+  return lambda *args: jax.lax.platform_dependent(
+    *args, **platforms, default=choices['chunked']
   )
-  if softcap is not None:
-    logits = softcap * jnp.tanh(logits / softcap)
-  seen = visible(q_position, k_position, q_segment, k_segment, window)
-  logits = jnp.where(seen[:, None, None], logits, MASKED)
-  probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  out = jnp.einsum('bkgts,bskh->btkgh', probs, v)
-  return out.reshape(batch, length, heads, dim)
+
+
+def _check(implementation, problems):
+  if implementation not in IMPLEMENTATIONS:
+    raise UserError(
+      f'model.attention: found {implementation!r}, expected one of '
+      f'{list(IMPLEMENTATIONS)}'
+    )
+  if implementation == 'splash' and problems:
+    raise UserError(
+      f"model.attention: found 'splash', which does not apply here: "
+      f'{"; ".join(problems)}'
+    )

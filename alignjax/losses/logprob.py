@@ -102,9 +102,28 @@ def gather_logp(
   logits: Float[Array, '... V'], tokens: Array
 ) -> Float[Array, '...']:
   """log softmax(logits)[token], float32."""
-  logits = logits.astype(jnp.float32)
+  return _gather_logp(logits.astype(jnp.float32), tokens)
+
+
+@jax.custom_vjp
+def _gather_logp(logits, tokens):
+  return _gather_forward(logits, tokens)[0]
+
+
+def _gather_forward(logits, tokens):
   picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return picked - jax.nn.logsumexp(logits, axis=-1)
+  total = jax.nn.logsumexp(logits, axis=-1)
+  return picked - total, (logits, tokens, total)
+
+
+def _gather_backward(saved, g):
+  # The derivative of a gather is a scatter over [..., V]; this is one pass.
+  logits, tokens, total = saved
+  hit = jnp.arange(logits.shape[-1]) == tokens[..., None]
+  return g[..., None] * (hit - jnp.exp(logits - total[..., None])), None
+
+
+_gather_logp.defvjp(_gather_forward, _gather_backward)
 
 
 def entropy(logits: Float[Array, '... V']) -> Float[Array, '...']:

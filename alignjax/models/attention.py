@@ -1,13 +1,18 @@
-"""The attention mixer of Gemma: projections, rotary embedding, cache."""
+"""The attention mixer: projections, rotary embedding, cache.
+
+Gemma's in every generation and RecurrentGemma's local attention; they differ
+in numbers of the config only.
+"""
 
 from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
+from alignjax.kernels import attention_cached
 from alignjax.kernels.attention import attention
 from alignjax.models import cache as caches
-from alignjax.models.layers import rms_norm, rope
+from alignjax.models.layers import normal, project, rms_norm, rope
 
 
 class Attention(nn.Module):
@@ -18,6 +23,7 @@ class Attention(nn.Module):
 
   config: Any
   kind: str
+  turned: bool = False
 
   @nn.compact
   def __call__(
@@ -25,51 +31,75 @@ class Attention(nn.Module):
     x: Float[Array, 'B T D'],
     position: Int[Array, 'B T'],
     segment: Int[Array, 'B T'] | None = None,
+    block: Int[Array, 'B T'] | None = None,
     cache: caches.LayerCache | None = None,
     column: Any = 0,
   ):
     """-> ([B, T, D], cache). Position -1 marks padding."""
     c = self.config
     local = self.kind == 'local'
-    init = nn.initializers.normal(c.init_std)
-    heads = (c.width, c.heads, c.head_dim)
-    kv_heads = (c.width, c.kv_heads, c.head_dim)
-    q = _project(x, self.param('q', init, heads))
-    k = _project(x, self.param('k', init, kv_heads))
-    v = _project(x, self.param('v', init, kv_heads))
-    if c.qk_norm:
-      zeros = nn.initializers.zeros
-      q = rms_norm(q, self.param('q_norm', zeros, (c.head_dim,)))
-      k = rms_norm(k, self.param('k_norm', zeros, (c.head_dim,)))
-    base = c.rope_base_local if local else c.rope_base
-    scale = 1.0 if local else c.rope_scale
-    q = rope(q, position, base=base, scale=scale) * c.query_scale
-    k = rope(k, position, base=base, scale=scale)
+    q, k, v = self._heads(x, position)
 
-    keys, values, k_position = k, v, position
-    if cache is not None and x.shape[1] > 1:
-      keys, values, k_position = caches.read(cache, k, v, position)
-    if cache is not None:
-      cache = caches.write(cache, column, k, v, position)
+    mask = dict(window=c.span if local else None, softcap=c.attn_softcap)
     if cache is not None and x.shape[1] == 1:
-      # The slot just overwritten lay outside the window already.
-      keys, values, k_position = cache['k'], cache['v'], cache['position']
+      # The slot that this overwrites lies outside the window already.
+      cache = caches.write(cache, column, k, v, position, ring=local)
+      out = attention_cached.attention(
+        q,
+        cache['k'],
+        cache['v'],
+        q_position=position,
+        k_position=cache['position'],
+        **mask,
+      )
+      return self._out(out), cache
+    k_position, k_block = position, block
+    new = k, v, position
+    if cache is not None:
+      k, v, k_position = caches.read(cache, *new)
+      # Image tokens arrive in one chunk; what the cache holds is past.
+      k_block = caches.pad_block(block, k.shape[1])
+      cache = caches.write(cache, column, *new, ring=local)
     out = attention(
       q,
-      keys,
-      values,
+      k,
+      v,
       q_position=position,
       k_position=k_position,
       q_segment=segment,
       k_segment=segment,
-      window=c.window if local else None,
-      softcap=c.attn_softcap,
+      q_block=block,
+      k_block=k_block,
+      aligned=cache is None,
+      implementation=c.attention,
+      **mask,
     )
-    o = self.param('o', init, (c.heads, c.head_dim, c.width))
-    flat = out.reshape(*out.shape[:2], c.heads * c.head_dim)
-    return flat @ o.reshape(-1, c.width), cache
+    return self._out(out), cache
 
+  def _out(self, heads):
+    c = self.config
+    init = normal(c, c.heads * c.head_dim, gain=2 / c.layers)
+    out = project(self, 'o', heads, init, (c.width,))
+    if c.bias:
+      out += self.param('o_bias', nn.initializers.zeros, (c.width,))
+    return out
 
-def _project(x, w):
-  flat = x @ w.reshape(w.shape[0], -1)
-  return flat.reshape(*x.shape[:2], *w.shape[1:])
+  def _heads(self, x, position):
+    """Queries (scaled), keys and values, rotated."""
+    c = self.config
+    local = self.kind == 'local'
+    init = normal(c, c.width)
+    q = project(self, 'q', x, init, (c.heads, c.head_dim))
+    k = project(self, 'k', x, init, (c.kv_heads, c.head_dim))
+    v = project(self, 'v', x, init, (c.kv_heads, c.head_dim))
+    if c.qk_norm:
+      zeros = nn.initializers.zeros
+      q = rms_norm(q, self.param('q_norm', zeros, (c.head_dim,)))
+      k = rms_norm(k, self.param('k_norm', zeros, (c.head_dim,)))
+    rotation = dict(
+      base=c.rope_base_local if local else c.rope_base,
+      scale=1.0 if local else c.rope_scale,
+      fraction=c.rope_fraction,
+    )
+    q = rope(q, position, **rotation) * c.query_scale
+    return q, rope(k, position, **rotation), v

@@ -6,6 +6,7 @@ Parameters are plain dicts in the stacked layout of `core.tree`; `canonical`
 and `stacked` convert. Everything is a pure function of (config, params).
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from alignjax.core import tree
 from alignjax.core.types import Params
+from alignjax.kernels.dense import linear_turned, softcap
 from alignjax.models import cache as caches
+from alignjax.models import recurrent
 from alignjax.models.attention import Attention
 from alignjax.models.config import Config
 from alignjax.models.layers import FeedForward, rms_norm
@@ -27,41 +30,82 @@ REMAT = {
 }
 
 
+# Canonical leaf -> how many leading dimensions of a linear map are inputs.
+INPUTS = (
+  (r'.*/(attn/[qkv]|ffw/(gate|up|down)|recurrent/(x|y|out))', 1),
+  (r'.*/attn/o', 2),
+  (r'.*', 0),
+)
+
+
 class Block(nn.Module):
   """One layer: mixer and feed-forward around the residual stream."""
 
   config: Config
   kind: str
+  turned: bool = False
 
   @nn.compact
-  def __call__(self, x, position, segment=None, cache=None, column=0):
+  def __call__(
+    self, x, position, segment=None, block=None, cache=None, column=0
+  ):
     c = self.config
 
     def norm(name, y):
       scale = self.param(name, nn.initializers.zeros, (c.width,))
       return rms_norm(y, scale)
 
-    mixer = Attention(c, self.kind, name='attn')
-    y, cache = mixer(norm('pre_attn_norm', x), position, segment, cache, column)
+    if self.kind == 'recurrent':
+      y = norm('pre_recurrent_norm', x)
+      # Documents start at position 0: it needs no segments.
+      mixer = recurrent.Recurrent(c, self.turned, name='recurrent')
+      y, cache = mixer(y, position, cache)
+    else:
+      y = norm('pre_attn_norm', x)
+      mixer = Attention(c, self.kind, self.turned, name='attn')
+      y, cache = mixer(y, position, segment, block, cache, column)
     x = x + (norm('post_attn_norm', y) if c.post_norm else y)
-    y = FeedForward(c.hidden, c.init_std, name='ffw')(norm('pre_ffw_norm', x))
+    y = FeedForward(c, self.turned, name='ffw')(norm('pre_ffw_norm', x))
     return x + (norm('post_ffw_norm', y) if c.post_norm else y), cache
 
 
 def init(config: Config, key) -> Params:
-  """Random parameters, float32, stacked. Call under jit."""
+  """Random parameters, float32, stacked. Call under jit.
+
+  Gemma draws every matrix at `init_std`; RecurrentGemma by fan-in (Griffin,
+  arXiv 2402.19427).
+  """
+  return stacked(config, _init(config, key))
+
+
+def shapes(config: Config) -> dict[str, Any]:
+  """Shapes and dtypes of the canonical tree; allocates nothing."""
+  # One cycle of the pattern is traced; deeper layers repeat it.
+  period = min(config.layers, len(config.pattern))
+  cycle = dataclasses.replace(config, layers=period)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  found = jax.eval_shape(lambda key: _init(cycle, key), key)
+  out = {k: v for k, v in found.items() if not k.startswith('layer_')}
+  for i in range(config.layers):
+    out[f'layer_{i}'] = found[f'layer_{i % period}']
+  return out
+
+
+def _init(config: Config, key) -> dict[str, Any]:
   keys = jax.random.split(key, config.layers + 1)
   x = jnp.zeros((1, 1, config.width))
   position = jnp.zeros((1, 1), jnp.int32)
+  griffin = config.init == 'griffin'
+  std = config.width**-0.5 if griffin else config.init_std
+  table = (config.vocab_size, config.width)
   params: dict[str, Any] = {
-    'embedding': config.init_std
-    * jax.random.normal(keys[-1], (config.vocab_size, config.width)),
+    'embedding': std * jax.random.normal(keys[-1], table),
     'final_norm': jnp.zeros((config.width,)),
   }
   for i in range(config.layers):
     block = Block(config, config.kind(i))
     params[f'layer_{i}'] = block.init(keys[i], x, position)['params']
-  return stacked(config, params)
+  return params
 
 
 def cast(config: Config, params: Params) -> Params:
@@ -79,52 +123,86 @@ def canonical(params: Params) -> Params:
   return tree.unstack(params)
 
 
+def turned(params: Params) -> Params:
+  """Stacked -> what `extend` reads: a leaf per layer, outputs before inputs.
+
+  Made once, outside a decode loop, which must not slice or turn weights for
+  every token.
+  """
+
+  def turn(name, x):
+    inputs = tree.lookup(INPUTS, name, 'linear maps')
+    return jnp.moveaxis(x, range(inputs), range(-inputs, 0))
+
+  return tree.map_named(turn, canonical(params))
+
+
 def features(
   config: Config,
   params: Params,
   tokens: Int[Array, 'B T'],
   position: Int[Array, 'B T'],
   segment: Int[Array, 'B T'] | None = None,
+  block: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T D']:
   """Whole sequences up to the normalised last hidden state.
 
-  `params` are stacked, in the compute dtype (`cast`).
+  Args:
+    config: of the decoder.
+    params: stacked, in the compute dtype (`cast`).
+    tokens: ids.
+    position: counts from 0 in every document; -1 is padding.
+    segment: documents of a packed row.
+    block: equal non-zero columns see each other (image tokens).
   """
-  x = _embed(config, params, tokens)
+  x = embed(config, params['embedding'], tokens)
   period = len(config.pattern)
 
-  def layer(x, block_params, kind):
-    block = Block(config, kind)
-    return block.apply({'params': block_params}, x, position, segment)[0]
+  def run(x, block_params, kind):
+    variables = {'params': block_params}
+    return Block(config, kind).apply(variables, x, position, segment, block)[0]
 
   def group(x, group_params):
     for p, kind in enumerate(config.pattern):
-      x = layer(x, group_params[str(p)], kind)
+      x = run(x, group_params[str(p)], kind)
     return x, None
 
   if config.remat != 'none':
     policy = REMAT[config.remat]
     group = jax.checkpoint(group, policy=policy, prevent_cse=False)
-    layer = jax.checkpoint(layer, policy=policy, static_argnums=2)
+    run = jax.checkpoint(run, policy=policy, static_argnums=2)
   if 'groups' in params:
     x, _ = jax.lax.scan(group, x, params['groups'], unroll=config.unroll)
   for i in range(config.layers // period * period, config.layers):
-    x = layer(x, params[f'layer_{i}'], config.kind(i))
+    x = run(x, params[f'layer_{i}'], config.kind(i))
   return rms_norm(x, params['final_norm'])
+
+
+def layer(
+  config: Config,
+  index: int,
+  params: Params,
+  x: Float[Array, 'B T D'],
+  position: Int[Array, 'B T'],
+  segment: Int[Array, 'B T'] | None = None,
+  block: Int[Array, 'B T'] | None = None,
+) -> Float[Array, 'B T D']:
+  """One layer alone; `params` is the canonical subtree `layer_{index}`.
+
+  For models whose layers are in memory one at a time.
+  """
+  return Block(config, config.kind(index)).apply(
+    {'params': params}, x, position, segment, block
+  )[0]
 
 
 def unembed(
   config: Config, params: Params, x: Float[Array, '... D']
 ) -> Float[Array, '... V']:
   """Float32 logits of features."""
-  logits = jnp.einsum(
-    '...d,vd->...v',
-    x,
-    params['embedding'],
-    preferred_element_type=jnp.float32,
-  )
+  logits = linear_turned(x, params['embedding'], dtype=jnp.float32)
   if config.final_softcap is not None:
-    logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+    logits = softcap(logits, config.final_softcap)
   return logits
 
 
@@ -134,28 +212,34 @@ def apply(
   tokens: Int[Array, 'B T'],
   position: Int[Array, 'B T'] | None = None,
   segment: Int[Array, 'B T'] | None = None,
+  block: Int[Array, 'B T'] | None = None,
 ) -> Float[Array, 'B T V']:
   """Logits of whole sequences: `unembed` of `features`, parameters cast."""
   params = cast(config, params)
   if position is None:
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  x = features(config, params, tokens, position, segment)
+  x = features(config, params, tokens, position, segment, block)
   return unembed(config, params, x)
 
 
 def empty_cache(config: Config, batch: int, length: int) -> dict[str, Any]:
-  """A cache for `length` columns: `column` written, `layers` of slots."""
+  """A cache for `length` columns: `column` written, `layers` of slots.
 
-  def layer(i):
-    local = config.kind(i) == 'local'
-    slots = min(config.window, length) if local else length
+  Only global layers grow with `length`.
+  """
+
+  def one(i):
+    kind = config.kind(i)
+    if kind == 'recurrent':
+      return recurrent.empty(config, batch)
+    slots = min(config.span, length) if kind == 'local' else length
     return caches.empty(
       batch, slots, config.kv_heads, config.head_dim, config.dtype
     )
 
   return {
     'column': jnp.zeros((), jnp.int32),
-    'layers': [layer(i) for i in range(config.layers)],
+    'layers': [one(i) for i in range(config.layers)],
   }
 
 
@@ -165,29 +249,38 @@ def extend(
   tokens: Int[Array, 'B T'],
   position: Int[Array, 'B T'],
   cache: dict[str, Any],
+  block: Int[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B T D'], dict[str, Any]]:
   """Features of the next T columns (a prompt chunk or one token).
 
   Equals `features` of the whole sequence at those columns; position -1 marks
-  padding. `params` are canonical, in the compute dtype: a decode loop must not
-  slice or cast weights for every token.
+  padding, on either side of a chunk. `params` are `turned`, in the compute
+  dtype.
   """
-  x = _embed(config, params, tokens)
+  x = embed(config, params['embedding'], tokens)
   layers = []
   for i in range(config.layers):
-    x, layer = Block(config, config.kind(i)).apply(
+    x, one = Block(config, config.kind(i), turned=True).apply(
       {'params': params[f'layer_{i}']},
       x,
       position,
+      block=block,
       cache=cache['layers'][i],
       column=cache['column'],
     )
-    layers.append(layer)
+    layers.append(one)
   cache = {'column': cache['column'] + tokens.shape[1], 'layers': layers}
   return rms_norm(x, params['final_norm']), cache
 
 
-def _embed(config: Config, params: Params, tokens):
-  table = params['embedding']
-  # The released weights expect sqrt(D) in the dtype of the table.
-  return table[tokens] * jnp.sqrt(jnp.float32(config.width)).astype(table.dtype)
+def embed(
+  config: Config, table: Float[Array, 'V D'], tokens: Int[Array, 'B T']
+) -> Float[Array, 'B T D']:
+  """Rows of the table times sqrt(D), as the released weights expect it.
+
+  The factor has the table's dtype; RecurrentGemma's is bfloat16 in any dtype.
+  """
+  factor = jnp.sqrt(jnp.float32(config.width))
+  if config.round_embed_scale:
+    factor = factor.astype(jnp.bfloat16)
+  return table[tokens] * factor.astype(table.dtype)

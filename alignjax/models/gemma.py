@@ -1,9 +1,14 @@
-"""Gemma-shaped configurations and their sharding table."""
+"""Gemma-shaped configurations and their sharding table.
+
+A generation is a set of habits (pattern, caps, norms); its sizes are arguments
+here and presets in `models/preset.py`. RecurrentGemma has a file of its own.
+"""
 
 from alignjax.core.types import UserError
 from alignjax.models.config import Config
 
-# What the generations share; sizes come on top. Gemma 2: arXiv 2408.00118.
+# What the models of a generation share; sizes come on top. Gemma 1: arXiv
+# 2403.08295, Gemma 2: 2408.00118, Gemma 3: 2503.19786.
 FAMILIES = {
   'gemma1': dict(pattern=('global',)),
   'gemma2': dict(
@@ -45,12 +50,19 @@ def gemma(
   kv_heads: int = 4,
   head_dim: int = 256,
   window: int = 4096,
+  query_scale: float = 0.0,
+  rope_scale: float = 1.0,
   init_std: float = 0.01,
   dtype: str = 'float32',
   remat: str = 'none',
   unroll: int = 1,
+  attention: str = 'auto',
 ) -> Config:
-  """A decoder of a Gemma generation; the defaults are Gemma 2 2B."""
+  """A decoder of a Gemma generation; the defaults are Gemma 2 2B.
+
+  `query_scale` 0 is head_dim ** -0.5; the 27B models use (width / heads)
+  instead of head_dim. `rope_scale` stretches the positions of global layers.
+  """
   if family not in FAMILIES:
     raise UserError(
       f'model.family: found {family!r}, expected one of {sorted(FAMILIES)}'
@@ -66,9 +78,12 @@ def gemma(
       kv_heads=kv_heads,
       head_dim=head_dim,
       window=window,
+      query_scale=query_scale,
+      rope_scale=rope_scale,
       init_std=init_std,
       dtype=dtype,
       remat=remat,
       unroll=unroll,
+      attention=attention,
     )
   )

@@ -1,13 +1,18 @@
 """Norm, rotary embedding and gated feed-forward: maths and one Linen module.
 
-Follows Gemma (arXiv 2403.08295) and Gemma 2 (arXiv 2408.00118). Norms and
-rotary angles are float32 whatever the compute dtype.
+Follows Gemma (arXiv 2403.08295), Gemma 2 (arXiv 2408.00118) and Griffin
+(arXiv 2402.19427). Norms and rotary angles are float32 whatever the compute
+dtype.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from alignjax.kernels.dense import geglu, linear, linear_turned
 
 EPSILON = 1e-6
 
@@ -28,28 +33,80 @@ def rope(
   *,
   base: float,
   scale: float = 1.0,
+  fraction: float = 1.0,
 ) -> Float[Array, 'B T H h']:
-  """Rotary embedding on pairs (i, i + h/2); angles divided by `scale`."""
-  half = x.shape[-1] // 2
+  """Rotary embedding of the leading `fraction` of h.
+
+  Pairs are (i, i + r/2) of the r rotating channels; angles are divided by
+  `scale`.
+  """
+  rotating = int(x.shape[-1] * fraction)
+  half = rotating // 2
   timescale = base ** (jnp.arange(half, dtype=jnp.float32) / half)
   angle = position.astype(jnp.float32)[..., None, None] / timescale / scale
   sin, cos = jnp.sin(angle), jnp.cos(angle)
-  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  a = x[..., :half].astype(jnp.float32)
+  b = x[..., half:rotating].astype(jnp.float32)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return rotated.astype(x.dtype)
+  rotated = rotated.astype(x.dtype)
+  if rotating == x.shape[-1]:
+    return rotated
+  return jnp.concatenate([rotated, x[..., rotating:]], axis=-1)
+
+
+def normal(config: Any, fan_in: int, gain: float = 1.0):
+  """Initialiser of one matrix: `init_std`, or sqrt(gain / fan_in) (Griffin)."""
+  griffin = config.init == 'griffin'
+  return nn.initializers.normal(
+    (gain / fan_in) ** 0.5 if griffin else config.init_std
+  )
+
+
+def project(
+  module: nn.Module,
+  name: str,
+  x: Float[Array, 'B T *inputs'],
+  init: Any,
+  outputs: tuple[int, ...],
+) -> Float[Array, 'B T *outputs']:
+  """x through the linear map `name` of a module, [*inputs, *outputs].
+
+  A module that is `turned` holds it as [*outputs, *inputs], which is how a
+  decode step reads it fastest (`decoder.turned`).
+  """
+  inputs = x.shape[2:]
+  flat = x.reshape(*x.shape[:2], -1)
+  if module.turned:  # pyright: ignore
+    w = module.param(name, init, (*outputs, *inputs))
+    out = linear_turned(flat, w.reshape(-1, flat.shape[-1]))
+  else:
+    w = module.param(name, init, (*inputs, *outputs))
+    out = linear(flat, w.reshape(flat.shape[-1], -1))
+  return out.reshape(*x.shape[:2], *outputs)
 
 
 class FeedForward(nn.Module):
-  """GeGLU with the tanh approximation: (gelu(x gate) * (x up)) down."""
+  """GeGLU with the tanh approximation: (gelu(x gate) * (x up)) down.
 
-  hidden: int
-  init_std: float
+  `config` is a decoder `Config`; with `config.bias` each map has a bias.
+  """
+
+  config: Any
+  turned: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-    width = x.shape[-1]
-    init = nn.initializers.normal(self.init_std)
-    gate = self.param('gate', init, (width, self.hidden))
-    up = self.param('up', init, (width, self.hidden))
-    down = self.param('down', init, (self.hidden, width))
-    return (jax.nn.gelu(x @ gate, approximate=True) * (x @ up)) @ down
+    c = self.config
+    # Griffin draws gate and up as one array, whose leading 2 counts as fan-in.
+    wide = normal(c, 2 * c.width)
+    gate = project(self, 'gate', x, wide, (c.hidden,))
+    up = project(self, 'up', x, wide, (c.hidden,))
+    if c.bias:
+      zeros = nn.initializers.zeros
+      gate += self.param('gate_bias', zeros, (c.hidden,))
+      up += self.param('up_bias', zeros, (c.hidden,))
+    narrow = normal(c, c.hidden, gain=2 / c.layers)
+    out = project(self, 'down', geglu(gate, up), narrow, (c.width,))
+    if c.bias:
+      out += self.param('down_bias', nn.initializers.zeros, (c.width,))
+    return out

@@ -1,12 +1,14 @@
 """A decoder under a role of the bundle, as a Policy.
 
 Here, and only here, prompts meet responses: rows of [prompt | response] are
-laid out, positions skip left padding, and features are shifted so that the
-i-th one predicts the i-th response token.
+laid out, positions skip padding, and features are shifted so that the i-th one
+predicts the i-th response token. Prompts may be padded on either side; inside,
+padding is on the left.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from alignjax.core.types import Batch, Bundle, Model, Params, Policy
@@ -22,7 +24,12 @@ class Layouts(NamedTuple):
   """
 
   scanned: Params
-  layers: Params
+  turned: Params
+
+
+def decoding(weights: Layouts) -> Layouts:
+  """What `start` and `step` use of a view, for whoever only samples."""
+  return Layouts({'embedding': weights.turned['embedding']}, weights.turned)
 
 
 def model(config: Config, tokenizer) -> Model:
@@ -41,12 +48,17 @@ def model(config: Config, tokenizer) -> Model:
   )
 
 
-def lm(config: Config, role: str, pad: int = 0) -> Policy:
-  """The bare distribution of `role`: raw logits, nothing masked."""
+def lm(
+  config: Config, role: str, pad: int = 0, *, prefill_chunk: int = 1024
+) -> Policy:
+  """The bare distribution of `role`: raw logits, nothing masked.
+
+  Prompts wider than `prefill_chunk` are read that many columns at a time.
+  """
 
   def view(bundle: Bundle, batch: Batch) -> Layouts:
     params = decoder.cast(config, bundle[role])
-    return Layouts(params, decoder.canonical(params))
+    return Layouts(params, decoder.turned(params))
 
   def features(weights: Layouts, batch: Batch):
     if 'response' not in batch:
@@ -55,7 +67,7 @@ def lm(config: Config, role: str, pad: int = 0) -> Policy:
         config, weights.scanned, tokens, position, batch['segment']
       )
       return x[:, :-1], {}
-    prompt, response = batch['prompt'], batch['response']
+    prompt, response = _to_the_right(batch['prompt'], pad), batch['response']
     rows, count, length = response.shape
     width = prompt.shape[1]
     wide = jnp.broadcast_to(prompt[:, None], (rows, count, width))
@@ -72,18 +84,36 @@ def lm(config: Config, role: str, pad: int = 0) -> Policy:
     return decoder.unembed(config, weights.scanned, x)
 
   def start(weights, batch: Batch, length: int):
-    prompt = batch['prompt']
-    position = _position(prompt, pad, prompt.shape[1])
-    cache = decoder.empty_cache(config, prompt.shape[0], length)
-    x, cache = decoder.extend(config, weights.layers, prompt, position, cache)
+    prompt = _to_the_right(batch['prompt'], pad)
+    rows, width = prompt.shape
+    chunk = min(width, prefill_chunk)
+    extra = -width % chunk
+    prompt = jnp.pad(prompt, ((0, 0), (extra, 0)), constant_values=pad)
+    position = _position(prompt, pad, width + extra)
+    cache = decoder.empty_cache(config, rows, length + extra)
+
+    def read(cache, columns):
+      tokens, position = columns
+      x, cache = decoder.extend(config, weights.turned, tokens, position, cache)
+      return cache, x[:, -1]
+
+    if width == chunk:
+      cache, x = read(cache, (prompt, position))
+    else:
+      chunks = [
+        jnp.moveaxis(x.reshape(rows, -1, chunk), 1, 0)
+        for x in (prompt, position)
+      ]
+      cache, last = jax.lax.scan(read, cache, chunks)
+      x = last[-1]
     cache['next'] = position[:, -1] + 1
-    return head(weights, x[:, -1]), cache
+    return head(weights, x), cache
 
   def step(weights, cache, tokens):
     position = cache['next']
     inner = {'column': cache['column'], 'layers': cache['layers']}
     x, inner = decoder.extend(
-      config, weights.layers, tokens[:, None], position[:, None], inner
+      config, weights.turned, tokens[:, None], position[:, None], inner
     )
     return head(weights, x[:, 0]), inner | {'next': position + 1}
 
@@ -99,6 +129,14 @@ def lm(config: Config, role: str, pad: int = 0) -> Policy:
     }
 
   return Policy(view, features, head, start, step, take)
+
+
+def _to_the_right(prompt, pad: int):
+  """Rows rolled until their last real token is in the last column."""
+  width = prompt.shape[1]
+  after = jnp.argmax(prompt[:, ::-1] != pad, axis=1, keepdims=True)
+  column = (jnp.arange(width) - after) % width
+  return jnp.take_along_axis(prompt, column, axis=1)
 
 
 def _position(prompt, pad: int, length: int):

@@ -1,58 +1,216 @@
+"""Models by name and on disk, training runs, task vectors: all without load."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.cli import inspect
-from alignjax.core.types import UserError
-from alignjax.system import model_dir
+from alignjax.cli import facts, inspect
+from alignjax.core import tree
+from alignjax.core.types import TrainState, UserError
+from alignjax.models import decoder
+from alignjax.models.config import to_json
+from alignjax.models.preset import SHAPES
+from alignjax.system import checkpoint, model_dir
+from tests import tiny
+
+LOAD_LEAF = model_dir.load_leaf
+CONFIG = tiny.config(family='gemma3', layers=13)
+
+
+def params(seed):
+  draw = np.random.default_rng(seed).normal
+  return {
+    name: draw(size=leaf.shape).astype(np.float32)
+    for name, leaf in tree.named(decoder.shapes(CONFIG)).items()
+  }
 
 
 @pytest.fixture(autouse=True)
-def models(tmp_path, monkeypatch):
+def no_weights(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(model_dir, 'load_leaf', None)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
   for seed, name in enumerate(['base', 'a', 'b']):
-    draw = np.random.default_rng(seed).normal
-    leaves = {
-      f'layer_{i}/attn/q': draw(size=(3, 2)).astype(np.float32)
-      for i in range(11)
-    }
     model_dir.write(
       name,
-      config={'width': 3},
-      params={'policy': leaves.items()},
+      config=to_json(CONFIG),
+      params={'policy': params(seed).items()},
       provenance={'by': name},
     )
 
 
-def test_inspect_shows_leaves_and_provenance(capsys):
-  assert inspect.main(['base']) == 0
-  said = capsys.readouterr().out
-  assert '66 parameters' in said and '3 x 2' in said and 'float32' in said
-  assert '"by": "base"' in said and '"width": 3' in said
-  assert said.index('layer_2/') < said.index('layer_10/')
+def said(capsys, *argv):
+  assert inspect.main([*argv]) == 0
+  return capsys.readouterr().out
 
 
-def test_inspect_diff_measures_the_task_vector(capsys):
-  assert inspect.main(['base', '--diff', 'a']) == 0
-  rows = {}
-  for line in capsys.readouterr().out.splitlines():
-    cells = line.replace('│', '|').split('|')
-    if len(cells) == 5 and cells[1].strip() in ('layer_10', 'all'):
-      rows[cells[1].strip()] = [float(cell) for cell in cells[2:4]]
-  base, a = (
-    np.stack(
-      [
-        model_dir.load(model_dir.read(p))[f'layer_{i}']['attn']['q']
-        for i in range(11)
-      ]
-    )
-    for p in ('base', 'a')
+def found(capsys, *argv):
+  return json.loads(said(capsys, *argv, '--json'))
+
+
+def test_a_released_model_by_name(capsys):
+  out = said(capsys, 'gemma3-27b', '--length=32768')
+  assert '27,009,002,240 parameters: embedding 1.41 B, body 25.6 B' in out
+  assert '62 layers: 52 local, 10 global, window 1,024' in out
+  # Keys and values of 10 layers, 16 heads of 128, 2 bytes.
+  assert f'{2 * 10 * 16 * 128 * 2:,} bytes of keys and values per token' in out
+  assert '32,768' in out and '131,072' not in out
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_cache_bytes_by_hand(name):
+  c, length, batch = SHAPES[name], 32_768, 3
+  c = dataclasses.replace(c, dtype='bfloat16')
+  cache = facts.cache(c, batch, [length])
+  slot = 2 * c.kv_heads * c.head_dim * 2 + 4  # bfloat16, int32 position
+  ring = c.count('local') * min(c.span, length) * slot
+  # A convolution's last three inputs and a float32 state.
+  state = c.count('recurrent') * (3 * c.lru_width * 2 + c.lru_width * 4)
+  grows = c.count('global') * slot
+  assert cache['growth_bytes_per_token'] == grows
+  assert cache['kv_bytes_per_token'] == grows - 4 * c.count('global')
+  assert cache['ring_bytes'] == batch * ring
+  assert cache['recurrent_bytes'] == batch * state
+  [row] = cache['lengths']
+  assert row['bytes'] == batch * (ring + state + grows * length)
+  attention = c.count('local') + c.count('global')
+  whole = batch * (attention * slot * length + state)
+  assert row['full_length_bytes'] == whole
+  assert row['ratio'] == row['bytes'] / whole
+  # Its promise for the pattern of Gemma 3.
+  assert row['ratio'] < 0.2 or not name.startswith('gemma3')
+
+
+def test_dtype_batch_and_lengths(capsys):
+  argv = ['gemma2-2b', '--length=10', '--length=5000']
+  half = found(capsys, *argv)
+  full = found(capsys, *argv, '--dtype=float32', '--batch=2')
+  assert half['cache']['dtype'] == 'bfloat16' and half['config']['layers'] == 26
+  kv = 'kv_bytes_per_token'
+  assert full['cache'][kv] == 2 * half['cache'][kv]
+  assert [row['length'] for row in full['cache']['lengths']] == [10, 5000]
+  # Below its window a ring is no longer than the text.
+  assert full['cache']['lengths'][0]['ratio'] == 1
+  with pytest.raises(UserError, match='--batch and --length'):
+    inspect.main(['gemma2-2b', '--batch=0'])
+
+
+def test_a_model_directory(models, capsys):
+  out = said(capsys, 'base')
+  total = sum(x.size for x in params(0).values())
+  assert f'{total:,} parameters' in out
+  assert '32 x 4 x 8' in out and 'float32' in out
+  assert '"by": "base"' in out and '"width": 32' in out
+  assert out.index('layer_2/') < out.index('layer_10/')
+  assert 'format alignjax' in out and 'tokenizer none' in out
+  digest = model_dir.digest(model_dir.read('base'))
+  assert f'role policy, digest {digest[:12]}' in out
+  listed = found(capsys, 'base')
+  assert listed['layers'] == {'local': 11, 'global': 2}
+  assert listed['leaves']['layer_3/attn/q_norm']['shape'] == [8]
+
+
+def test_a_hugging_face_directory(capsys):
+  from alignjax.interop import hf
+
+  leaves = params(0)
+  specs = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()
+  }
+  with hf.writer('theirs', CONFIG, specs) as put:
+    for name, x in leaves.items():
+      put(name, x)
+  out = said(capsys, 'theirs')
+  assert 'format hf' in out and 'layers.12.self_attn.q_proj.weight' in out
+  listed = found(capsys, 'theirs')
+  assert listed['parameters']['all'] == sum(x.size for x in leaves.values())
+  assert len(listed['leaves']['layer_0/ffw/gate']['from']) == 1
+  assert listed['cache']['ring_bytes'] > 0
+
+
+def test_a_training_run(tmp_path, capsys):
+  weights = {'embedding': jnp.ones((6, 2)), 'final_norm': jnp.ones(2)}
+  state = TrainState(
+    step=jnp.int32(4),
+    params={'policy': weights},
+    frozen={'anchor': weights},
+    opt_state={'mu': weights},
+    skipped=jnp.int32(0),
   )
-  for row, (x, y) in {'layer_10': (base[10], a[10]), 'all': (base, a)}.items():
-    moved = np.linalg.norm(y - x)
-    expected = [moved, moved / np.linalg.norm(x)]
-    np.testing.assert_allclose(rows[row], expected, rtol=1e-3)
+  with checkpoint.manager(tmp_path / 'run' / 'checkpoints', 2) as manager:
+    for step in (4, 10):
+      at = state.replace(step=jnp.int32(step))
+      checkpoint.save(manager, at, source={})
+    manager.wait_until_finished()
+  out = said(capsys, 'run')
+  assert 'training run; finished models: none' in out
+  for group in ('params/policy', 'frozen/anchor', 'opt_state'):
+    assert group in out
+  assert 'leaves of step 10: 8' in out and 'params/policy/embedding' in out
+  listed = found(capsys, 'run')
+  assert [c['step'] for c in listed['checkpoints']] == ['4', '10']
+  assert listed['checkpoints'][1]['holds']['params/policy'] == {
+    'leaves': 2,
+    'parameters': 14,
+    'bytes': 56,
+  }
+  # The folder of checkpoints and one of them, alone.
+  assert len(found(capsys, 'run/checkpoints')['checkpoints']) == 2
+  assert len(found(capsys, 'run/checkpoints/4')['checkpoints']) == 1
+  record = tmp_path / 'run' / 'checkpoints' / '4' / 'meta' / 'metadata'
+  meta = json.loads(record.read_text())
+  meta['checksums']['params/policy/lost'] = '0'
+  record.write_text(json.dumps(meta))
+  with pytest.raises(UserError, match='4 is damaged.*params/policy/lost'):
+    inspect.main(['run'])
+  record.write_text('{')
+  with pytest.raises(UserError, match='not the record of a checkpoint'):
+    inspect.main(['run'])
 
 
-def test_inspect_refuses_what_is_no_model(tmp_path):
-  with pytest.raises(UserError, match='no model directory'):
-    inspect.main(['absent'])
+def test_inspect_diff_measures_the_task_vector(models, monkeypatch, capsys):
+  monkeypatch.setattr(model_dir, 'load_leaf', LOAD_LEAF)
+  rows = found(capsys, 'base', '--diff', 'a')['norms']
+  assert [*rows][-1] == 'all'
+  x, y = params(0), params(1)
+  for row in ('layer_10', 'embedding', 'all'):
+    names = [n for n in x if row == 'all' or n.split('/')[0] == row]
+    moved = np.sqrt(sum(np.sum((y[n] - x[n]) ** 2.0) for n in names))
+    of = np.sqrt(sum(np.sum(x[n] ** 2.0) for n in names))
+    np.testing.assert_allclose(rows[row], [moved, moved / of], rtol=1e-5)
+  out = said(capsys, 'base', '--diff', 'a')
+  assert 'layer_10' in out and f'{rows["all"][0]:.6g}' in out
+
+
+@pytest.mark.parametrize(
+  'name, words',
+  [
+    ('gema3-12b', "did you mean 'gemma3-12b'"),
+    ('absent', 'no model at absent'),
+    ('./gemma3-27b', 'no such file'),
+  ],
+)
+def test_what_is_no_model(name, words):
+  with pytest.raises(UserError, match=words):
+    inspect.main([name])
+
+
+def test_help_is_quick_and_imports_no_jax():
+  done = subprocess.run(
+    [sys.executable, '-X', 'importtime', '-m', 'alignjax.cli.inspect', '-h'],
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 0 and 'gemma3-27b' in done.stdout
+  imported = {line.split('|')[-1].strip() for line in done.stderr.splitlines()}
+  assert not imported & {'jax', 'numpy', 'orbax'}

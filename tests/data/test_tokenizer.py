@@ -1,14 +1,17 @@
 import json
+import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as protobuf
 
 from alignjax.cli import tokenizer as cli
 from alignjax.core.types import UserError
 from alignjax.data import tokenizer as tokenizers
 from alignjax.data.text import documents
-from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, train
+from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, streamed, train
 
 TRAPS = [
   '',
@@ -26,6 +29,61 @@ TRAPS = [
   '<0x0A><unused3>[multimodal] \u2047 ',
   'def f(self, x):\n\tif x == 1234:\n        return x\n\n\n',
 ]
+
+
+NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
+# Where the real files have what the chat format uses.
+PLACES = {2: {'user': 1645, 'model': 2516}, 3: {'user': 2364, 'model': 4368}}
+
+
+def lookalike(generation, size=5000):
+  """A model file laid out as Gemma's: kinds, ids and settings, other text.
+
+  As in the real files only pad, eos and bos are control pieces; turn marks,
+  `<unused0>`, newlines, spaces and '<table>' are user-defined.
+  """
+  model = protobuf.ModelProto()
+
+  def add(piece, kind=NORMAL):
+    score = -len(model.pieces) if kind == NORMAL else 0.0
+    model.pieces.add(piece=piece, type=kind, score=score)
+
+  for piece in ('<pad>', '<eos>', '<bos>'):
+    add(piece, CONTROL)
+  add('<unk>', UNKNOWN)
+  first = {2: ['<mask>', '<2mass>', '[@BOS@]'], 3: ['<mask>', '[multimodal]']}
+  for piece in first[generation]:
+    add(piece, USER)
+  for n in range(99):
+    add(f'<unused{n}>', USER)
+  for piece in ('<start_of_turn>', '<end_of_turn>'):
+    add(piece, USER)
+  for run in ['\n' * n for n in range(1, 32)]:
+    add(run, USER)
+  for run in ['\u2581' * n for n in range(2, 32)]:
+    add(run, USER)
+  add('<table>', USER)
+  for byte in range(256):
+    add(f'<0x{byte:02X}>', BYTE)
+  for piece in ('us', 'er', 'mo', 'de', 'mode', *map(chr, range(33, 127))):
+    add(piece)
+  add('\u2581')
+  places = {i: piece for piece, i in PLACES[generation].items()}
+  tail = 6145 if size > 6145 * 2 and generation == 3 else 0
+  while len(model.pieces) < size - tail:
+    add(places.get(len(model.pieces), f'\u2581x{len(model.pieces)}'))
+  for n in range(99, 99 + tail):
+    add(f'<unused{n}>', USER)
+  trainer = model.trainer_spec
+  trainer.model_type, trainer.vocab_size = 2, size
+  trainer.byte_fallback = trainer.split_digits = True
+  for i, name in enumerate(['pad', 'eos', 'bos', 'unk']):
+    setattr(trainer, f'{name}_id', i)
+    setattr(trainer, f'{name}_piece', f'<{name}>')
+  normalizer = model.normalizer_spec
+  normalizer.name, normalizer.escape_whitespaces = 'identity', True
+  normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+  return model.SerializeToString()
 
 
 @pytest.fixture(scope='module')
@@ -138,6 +196,65 @@ def test_bad_files(tmp_path):
     (tmp_path / 'bad.model').write_bytes(data)
     with pytest.raises(UserError, match='not a SentencePiece model'):
       Tokenizer.load(tmp_path / 'bad.model')
+
+
+@pytest.mark.parametrize('generation', [2, 3])
+def test_gemmas_own_files_load(tmp_path, generation):
+  path = tmp_path / 'tokenizer.model'
+  path.write_bytes(lookalike(generation))
+  found = Tokenizer.load(path)
+  turn = {2: (106, 107), 3: (105, 106)}[generation]
+  assert (found.pad, found.eos, found.bos, found.unk) == (0, 1, 2, 3)
+  assert (found.start_of_turn, found.end_of_turn) == turn
+  assert found.stop == (1, turn[1])
+  assert found.system == (generation == 3)
+  for text in (*TRAPS, '<table>\n\n<unused7>'):
+    ids = found.encode(text)
+    assert found.decode(ids) == text
+    assert not found.special & {*ids}
+  # What is not a control piece by its kind is one by its name.
+  marks = ['<mask>', '<unused0>', '<unused98>', '<start_of_turn>']
+  assert {*map(found.processor.PieceToId, marks)} <= found.special
+  assert found.processor.PieceToId('<table>') not in found.special
+  assert len(found.encode('<table>')) == 1
+
+
+def test_the_real_size_loads_quickly(tmp_path):
+  path = tmp_path / 'tokenizer.model'
+  path.write_bytes(lookalike(3, size=262_144))
+  start = time.monotonic()
+  found = Tokenizer.load(path)
+  assert time.monotonic() - start < 2
+  assert found.size == 262_144 and len(found.special) > 6_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+  st.lists(st.text(max_size=5) | st.binary(max_size=6)),
+  st.randoms(use_true_random=False),
+)
+def test_streamed_text_is_the_whole_text(trained, parts, rng: random.Random):
+  """Characters and broken bytes, cut anywhere."""
+  for tokenizer in (trained, ByteTokenizer()):
+    first = tokenizer.encode('\x00')[0]  # ids of the 256 bytes follow it
+    ids = []
+    for part in parts:
+      wild = isinstance(part, bytes)
+      ids += [first + b for b in part] if wild else tokenizer.encode(part)
+    blocks, i = [], 0
+    while i < len(ids):
+      step = rng.randint(0, 3)
+      blocks.append(ids[i : i + step])
+      i += step
+    said = [*streamed(tokenizer.decode, blocks)]
+    assert ''.join(said) == tokenizer.decode(ids)
+    assert all(said)
+
+
+def test_streamed_text_waits_for_whole_characters(tokenizer):
+  ids = tokenizer.encode('a\U0001f389b')
+  said = [*streamed(tokenizer.decode, [[i] for i in ids])]
+  assert said == ['a', '\U0001f389', 'b']
 
 
 def write_source(folder):

@@ -6,7 +6,7 @@ import numpy as np
 
 from alignjax.losses.logprob import token_logp
 from alignjax.policies.combine import restrict, tempered
-from alignjax.policies.sample import sample
+from alignjax.policies.sample import advance, begin, sample
 from tests import tiny
 
 MODEL = tiny.model()
@@ -95,6 +95,37 @@ def test_the_loop_ends_when_every_row_has_stopped():
   longest = int(out['mask'].sum(-1).max())
   assert longest < 200
   assert len(calls) == longest - 1  # the first token needs no step
+
+
+def test_blocks_of_the_loop_are_the_loop():
+  policy, batch = MODEL.policy('policy'), tiny.batch()
+  ending = dict(stop=MODEL.stop, pad=MODEL.pad)
+  state = jax.jit(
+    lambda batch: begin(
+      policy,
+      WEIGHTS,
+      batch,
+      jax.random.key(0),
+      count=3,
+      max_new_tokens=20,
+      **ending,
+    )
+  )(batch)
+  step = jax.jit(
+    lambda state, steps: advance(policy, WEIGHTS, state, steps, **ending)
+  )
+  lengths = [int(state.length)]
+  for steps in (1, 3, 0, 9, 100):
+    state = step(state, steps)
+    lengths.append(int(state.length))
+  assert lengths == [1, 2, 5, 5, 14, 20]
+  whole = draw(batch)
+  for name, x in state.out.items():
+    np.testing.assert_array_equal(x.reshape(whole[name].shape), whole[name])
+  # Nothing more to draw: nothing changes.
+  again = step(state, 5)
+  np.testing.assert_array_equal(again.out['mask'], state.out['mask'])
+  assert int(again.length) == 20
 
 
 def test_greedy_takes_the_likeliest_token():

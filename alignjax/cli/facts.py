@@ -1,0 +1,280 @@
+"""What `inspect` shows, as plain JSON: models, training runs, differences.
+
+Shapes and records only: no weights are allocated and nothing is compiled, so
+that a 27B model takes as long as a small one. `difference` alone reads leaves,
+one at a time. No tables: `cli/inspect.py` prints. No verb.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from alignjax.core import tree
+from alignjax.core.lookup import nearest
+from alignjax.core.types import UserError
+from alignjax.interop import orbax
+from alignjax.interop.open import open as open_model
+from alignjax.merge import memory, methods
+from alignjax.models import decoder
+from alignjax.models.config import Config, to_json
+from alignjax.models.preset import SHAPES, preset
+from alignjax.system import model_dir
+from alignjax.system.checkpoint import FORMAT
+
+Facts = dict[str, Any]
+
+
+def model(
+  name: str,
+  *,
+  lengths: Sequence[int],
+  batch: int = 1,
+  dtype: str | None = None,
+) -> Facts:
+  """Facts of a released model, by its name, or of a model on disk.
+
+  `dtype` is of the cache; the model's own if None. Raises UserError if there
+  is no such model or it is not sound.
+  """
+  if os.path.exists(name) or os.sep in name:
+    facts, config, leaves = _on_disk(name)
+  elif name in SHAPES:
+    # As the weights were released.
+    config = preset(shape=name, dtype=dtype or 'bfloat16')
+    leaves = {
+      leaf: _leaf(x.shape, config.dtype)
+      for leaf, x in tree.named(decoder.shapes(config)).items()
+    }
+    facts = {'name': name, 'format': 'released'}
+  else:
+    raise UserError(
+      f'no model at {name} and no released model of that name'
+      f'{nearest(name, SHAPES)} (released: {", ".join(SHAPES)})'
+    )
+  if dtype:
+    config = dataclasses.replace(config, dtype=dtype)
+  total = sum(leaf['parameters'] for leaf in leaves.values())
+  embedding = leaves.get('embedding', {'parameters': 0})['parameters']
+  return facts | {
+    'parameters': {
+      'all': total,
+      'embedding': embedding,
+      'body': total - embedding,
+      'bytes': sum(leaf['bytes'] for leaf in leaves.values()),
+    },
+    'layers': {
+      kind: config.count(kind) for kind in dict.fromkeys(config.pattern)
+    },
+    'cache': cache(config, batch, lengths),
+    'config': to_json(config),
+    'leaves': leaves,
+  }
+
+
+def _on_disk(name: str) -> tuple[Facts, Config, dict[str, Facts]]:
+  """(facts, config, leaves) of a model directory of any format."""
+  opened = open_model(name)
+  facts: Facts = {
+    'name': str(opened.path),
+    'format': opened.format,
+    'tokenizer': str(opened.tokenizer) if opened.tokenizer else None,
+    'files': [file.name for file in opened.files],
+    'provenance': opened.provenance,
+  }
+  leaves = {leaf: _leaf(x.shape, x.dtype) for leaf, x in opened.leaves.items()}
+  if opened.extra:
+    facts['extra'] = {
+      leaf: _leaf(x.shape, x.dtype) for leaf, x in opened.extra.items()
+    }
+  if opened.format == 'alignjax':
+    found = model_dir.read(opened.path)
+    facts['roles'] = {
+      role: model_dir.digest(found, role) for role in found.roles
+    }
+  else:
+    for leaf, origin in opened.origin.items():
+      leaves[leaf]['from'] = list(origin)
+  return facts, opened.config, leaves
+
+
+def _leaf(shape: Sequence[int], dtype: Any) -> Facts:
+  count = math.prod(shape)
+  dtype = np.dtype(dtype)
+  return {
+    'shape': [int(n) for n in shape],
+    'dtype': dtype.name,
+    'parameters': count,
+    'bytes': count * dtype.itemsize,
+  }
+
+
+def cache(config: Config, batch: int, lengths: Sequence[int]) -> Facts:
+  """Bytes of the decoding cache, from the shapes of `decoder.empty_cache`.
+
+  Beside each length: the bytes if every attention layer had a slot for every
+  token. Only the keys and values of global layers grow, and the positions that
+  are stored with them.
+  """
+
+  def layers(config: Config, length: int):
+    shapes = jax.eval_shape(lambda: decoder.empty_cache(config, batch, length))
+    return [(config.kind(i), x) for i, x in enumerate(shapes['layers'])]
+
+  def size(layers, *kinds: str) -> int:
+    return sum(
+      math.prod(x.shape) * x.dtype.itemsize
+      for kind, slots in layers
+      if kind in kinds or not kinds
+      for x in jax.tree.leaves(slots)
+    )
+
+  rows = []
+  for length in lengths:
+    full = dataclasses.replace(config, window=max(length, config.window))
+    needed, whole = size(layers(config, length)), size(layers(full, length))
+    rows.append(
+      {
+        'length': length,
+        'bytes': needed,
+        'full_length_bytes': whole,
+        'ratio': needed / whole,
+      }
+    )
+  # Past the window rings are as large as they get. The difference of two
+  # lengths is a token, however the slots are laid out.
+  one, two = (layers(config, config.span + n) for n in (1, 2))
+  short, long = (
+    size([(kind, {n: x for n, x in c.items() if n in 'kv'}) for kind, c in of])
+    for of in (one, two)
+  )
+  return {
+    'dtype': config.dtype,
+    'batch': batch,
+    'kv_bytes_per_token': (long - short) // batch,
+    'growth_bytes_per_token': (size(two) - size(one)) // batch,
+    'ring_bytes': size(one, 'local'),
+    'recurrent_bytes': size(one, 'recurrent'),
+    'lengths': rows,
+  }
+
+
+def checkpoints(path: Path) -> list[Path]:
+  """Checkpoints of a workdir, of its `checkpoints`, or the one that it is.
+
+  Empty if `path` is none of these.
+  """
+  if (path / 'meta' / 'metadata').is_file():
+    return [path]
+  folder = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
+  if not folder.is_dir():
+    return []
+  steps = [p for p in folder.iterdir() if (p / 'meta' / 'metadata').is_file()]
+  return sorted(steps, key=lambda p: natural(p.name))
+
+
+def run(path: Path, steps: Sequence[Path]) -> Facts:
+  """Facts of a training run with the checkpoints `steps`.
+
+  Raises UserError for one whose leaves are not those of its record.
+  """
+  return {
+    'name': os.path.abspath(path),
+    'format': 'training run',
+    'models': [p.parent.name for p in sorted(path.glob('*/model.json'))],
+    'checkpoints': [_checkpoint(step) for step in steps],
+  }
+
+
+def _checkpoint(step: Path) -> Facts:
+  file = step / 'meta' / 'metadata'
+  try:
+    meta = json.loads(file.read_text('utf-8'))
+    version, names = meta['format'], set(meta['checksums'])
+  except (ValueError, KeyError, TypeError):
+    raise UserError(f'{file} is not the record of a checkpoint') from None
+  if version != FORMAT:
+    raise UserError(f'{file} has format {version!r}, expected {FORMAT}')
+  arrays = orbax.arrays(epath.Path(os.path.abspath(step / 'state')))
+  if odd := sorted(names ^ set(arrays)):
+    raise UserError(
+      f'{step} is damaged: of its leaves only one of record and files knows'
+      f' {", ".join(odd[:5])}{", ..." if len(odd) > 5 else ""}'
+    )
+  leaves = {
+    name: _leaf(x.shape, x.dtype.numpy_dtype) for name, x in arrays.items()
+  }
+  files = [p for p in step.rglob('*') if p.is_file()]
+  return {
+    'step': step.name,
+    'bytes_on_disk': sum(p.stat().st_size for p in files),
+    'holds': _holds(leaves),
+    'leaves': leaves,
+  }
+
+
+def _holds(leaves: Mapping[str, Facts]) -> Facts:
+  """'params/policy' -> how many leaves, parameters, bytes."""
+  out: Facts = {}
+  for name, leaf in leaves.items():
+    first, *rest = name.split('/')
+    group = f'{first}/{rest[0]}' if first in ('params', 'frozen') else first
+    sums = out.setdefault(group, {'leaves': 0, 'parameters': 0, 'bytes': 0})
+    sums['leaves'] += 1
+    for field in ('parameters', 'bytes'):
+      sums[field] += leaf[field]
+  return out
+
+
+def difference(base: str, model: str, role: str) -> Facts:
+  """Norms of the task vector model - base: [norm, norm / weights] a layer.
+
+  The models may be of different formats. Raises UserError if their leaves
+  differ in names or shapes.
+  """
+  first, other = (_of_role(path, role) for path in (base, model))
+  memory.check_same(
+    str(first.path), first.leaves, {str(other.path): other.leaves}
+  )
+  sums: dict[str, tuple[float, float]] = {}
+  for name, spec in first.leaves.items():
+    if not memory.is_float(spec):
+      continue
+    a = first.load(name).astype(np.float32)
+    b = other.load(name).astype(np.float32)
+    moved, weights = sums.get(methods.group_of(name, 'layer'), (0.0, 0.0))
+    sums[methods.group_of(name, 'layer')] = (
+      moved + float(np.sum(np.square(b - a), dtype=np.float64)),
+      weights + float(np.sum(np.square(a), dtype=np.float64)),
+    )
+  rows = {name: sums[name] for name in sorted(sums, key=natural)}
+  moved, weights = map(sum, zip(*rows.values()))
+  rows['all'] = moved, weights
+  norms = {
+    # A zero weight group (a fresh norm scale) has no relative norm.
+    name: [math.sqrt(moved), math.sqrt(moved / of) if of else None]
+    for name, (moved, of) in rows.items()
+  }
+  return {'base': str(first.path), 'model': str(other.path), 'norms': norms}
+
+
+def _of_role(path: str, role: str):
+  """The role of one of our directories; other formats have but one model."""
+  ours = (Path(path) / 'model.json').exists()
+  return open_model(path, role=role) if ours else open_model(path)
+
+
+def natural(name: str) -> list[Any]:
+  """A sorting key that puts layer_2 before layer_10."""
+  return [
+    (0, int(part), '') if part.isdigit() else (1, 0, part)
+    for part in re.split(r'(\d+)', name)
+  ]

@@ -1,0 +1,1 @@
+"""Other people's files: read, written and certified, one tensor at a time."""

@@ -1,0 +1,316 @@
+"""Hugging Face directories: config.json and safetensors files, in and out.
+
+`read` compares every tensor that config.json implies with the headers before
+it returns, and then reads one tensor at a time. `writer` takes one leaf at a
+time. Neither needs torch or transformers. Weights in a pickle are never opened.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from alignjax.core import tree
+from alignjax.core.types import UserError
+from alignjax.interop import (
+  directory,
+  hf_config,
+  hf_facts,
+  hf_files,
+  hf_names,
+  safetensors,
+)
+from alignjax.interop.opened import Opened
+from alignjax.interop.safetensors import Tensor
+from alignjax.models import decoder
+from alignjax.models.config import Config
+
+CONFIG = 'config.json'
+TOKENIZER = 'tokenizer.model'
+# What travels with the weights, whatever it says.
+FILES = (
+  TOKENIZER,
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
+  'preprocessor_config.json',
+  'processor_config.json',
+)
+_FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+
+Specs = Mapping[str, jax.ShapeDtypeStruct]
+
+
+class Leaf(NamedTuple):
+  """Where a canonical leaf lies: its tensor, how to turn it, its shape."""
+
+  tensor: Tensor
+  form: hf_names.Form
+  shape: tuple[int, ...]
+
+
+def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
+  """What a directory holds; no weights are read, but headers are checked.
+
+  An lm_head is compared with the embedding: the only tensors looked into.
+
+  Args:
+    path: the directory.
+    window_self: see Config; None is the rule that the weights were trained
+      with, which for RecurrentGemma is not the one of transformers.
+
+  Raises UserError naming all tensors that are missing, too many or of another
+  shape, or what else is wrong.
+  """
+  path = _absolute(path)
+  file = path / CONFIG
+  facts = hf_files.json_of(file)
+  config = hf_config.config_of(facts, str(file), window_self=window_self)
+  found = hf_files.tensors(path)
+  prefix = _prefix(found)
+  table = found.get(f'{prefix}embed_tokens.weight')
+  if table is not None:
+    config = _with_table(config, table)
+  leaves, extra = _matched(path, facts['model_type'], config, prefix, found)
+  head = next((name for name in hf_names.HEADS if name in found), None)
+  stored = leaves['embedding'].tensor
+  if head and not safetensors.same(found[head], stored):
+    raise UserError(
+      f'{found[head].file}: {head} differs from {stored.name}; a model whose'
+      ' head is not its embedding is not supported'
+    )
+  tokenizer = path / TOKENIZER
+  return Opened(
+    path=path,
+    format='hf',
+    config=config,
+    leaves={
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.tensor.dtype)
+      for name, leaf in leaves.items()
+    },
+    load=functools.partial(_load, leaves),
+    origin={name: (leaf.tensor.name,) for name, leaf in leaves.items()},
+    tokenizer=tokenizer if tokenizer.exists() else None,
+    files=tuple(path / name for name in FILES if (path / name).exists()),
+    provenance={
+      'source': {
+        'format': 'hf',
+        'path': str(path),
+        'config': facts,
+        'prefix': prefix,
+        'lm_head': head,
+        'dtype': stored.dtype.name,
+        'rows': stored.shape[0],
+        'extra': len(extra),
+      }
+    },
+    extra={
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in extra.items()
+    },
+    load_extra=functools.partial(_load_extra, extra),
+  )
+
+
+def check_free(path: epath.PathLike, overwrite: bool = False) -> None:
+  """Raises UserError if `path` must not be written to."""
+  directory.check_free(_absolute(path), CONFIG, overwrite)
+
+
+@contextlib.contextmanager
+def writer(
+  path: epath.PathLike,
+  config: Config,
+  leaves: Specs,
+  *,
+  source: Mapping[str, Any] | None = None,
+  files: Sequence[epath.PathLike] = (),
+  overwrite: bool = False,
+  shard_bytes: int = safetensors.SHARD_BYTES,
+) -> Iterator[Callable[[str, Any], None]]:
+  """Writes a directory that transformers loads: all of it or nothing.
+
+  Yields put(name, array), to be called once for each of `leaves`.
+
+  Args:
+    path: must not exist, unless it is such a directory and `overwrite`.
+    config: the decoder.
+    leaves: canonical name -> shape and dtype; a name with a dot is that of a
+      tensor beyond the decoder, written as it is.
+    source: provenance['source'] of what `read` returned: config.json, names
+      and an lm_head are then as they were. None writes them anew.
+    files: tokenizer and other files to copy under their own names.
+    overwrite: replace an existing directory.
+    shard_bytes: a file is closed before it would grow beyond this.
+
+  Raises UserError before anything is written if no family of Hugging Face's
+  has these leaves or there is no room, and if the disk runs full.
+  """
+  path = _absolute(path)
+  directory.check_free(path, CONFIG, overwrite)
+  table = leaves['embedding']
+  source = source if source and _fits(source, config, leaves) else {}
+  facts = _facts(config, str(path / CONFIG), table, source)
+  model_type = facts['model_type']
+  names, heads = _names(model_type, leaves, source)
+  specs = {name: _stored(leaves[leaf], form) for leaf, name, form in names}
+  specs |= dict.fromkeys(heads, table)
+  total = sum(
+    math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in specs.values()
+  )
+  forms = {leaf: (name, form) for leaf, name, form in names}
+
+  def put(leaf: str, array: Any) -> None:
+    name, form = forms[leaf]
+    write(name, form.store(np.asarray(array)))
+    for head in heads if leaf == 'embedding' else ():
+      write(head, np.asarray(array))
+
+  with directory.replaced(path, total) as partial:
+    with safetensors.writer(partial, specs, shard_bytes=shard_bytes) as write:
+      yield put
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + '\n'
+    (partial / CONFIG).write_text(text)
+    for file in map(epath.Path, files):
+      if file.name in FILES:
+        file.copy(partial / file.name)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+  text = os.fspath(path)
+  return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
+def _prefix(found: Mapping[str, Tensor]) -> str:
+  for name in ('embed_tokens.weight', 'layers.0.'):
+    for prefix in hf_names.PREFIXES:
+      if any(tensor.startswith(prefix + name) for tensor in found):
+        return prefix
+  return hf_names.PREFIXES[0]
+
+
+def _with_table(config: Config, table: Tensor) -> Config:
+  """Rows and dtype as stored; other rows only where both are known."""
+  rows = table.shape[0] if table.shape else 0
+  known = any({rows, config.vocab_size} == x for x in hf_config.PADDED_ROWS)
+  wide = table.dtype.itemsize >= 4
+  return dataclasses.replace(
+    config,
+    vocab_size=rows if known else config.vocab_size,
+    dtype='float32' if wide else 'bfloat16',
+  )
+
+
+def _matched(
+  path: epath.Path,
+  model_type: str,
+  config: Config,
+  prefix: str,
+  found: Mapping[str, Tensor],
+) -> tuple[dict[str, Leaf], dict[str, Tensor]]:
+  """Leaves and the tensors beyond them, once nothing is wrong with any."""
+  missing, wrong = [], []
+  leaves: dict[str, Leaf] = {}
+  left = {name: x for name, x in found.items() if name not in hf_names.HEADS}
+  for leaf, spec in sorted(tree.named(decoder.shapes(config)).items()):
+    name, form = hf_names.tensor(model_type, leaf)
+    tensor = left.pop(prefix + name, None)
+    if tensor is None:
+      missing.append(prefix + name)
+      continue
+    expected = form.shape(spec.shape)
+    if tensor.shape != expected:
+      wrong.append(f'{tensor.name} is {tensor.shape}, expected {expected}')
+    if tensor.dtype not in _FLOATS:
+      wrong.append(f'{tensor.name} is {tensor.dtype}, expected a float')
+    leaves[leaf] = Leaf(tensor, form, spec.shape)
+  vision = model_type == 'gemma3'
+  extra = {k: x for k, x in left.items() if re.fullmatch(hf_names.VISION, k)}
+  unknown = sorted(set(left) - set(extra if vision else ()))
+  problems = [
+    f'{len(names)} {what}: {hf_files.some(names)}'
+    for what, names in (
+      ('missing', sorted(missing)),
+      ('not expected', unknown),
+      ('of another shape or dtype', wrong),
+    )
+    if names
+  ]
+  if problems:
+    raise UserError(
+      f'{path}: tensors and {CONFIG} do not agree: {"; ".join(problems)}'
+    )
+  return leaves, extra
+
+
+def _load(leaves: Mapping[str, Leaf], name: str) -> np.ndarray:
+  tensor, form, shape = leaves[name]
+  return np.ascontiguousarray(form.load(safetensors.read(tensor), shape))
+
+
+def _load_extra(extra: Mapping[str, Tensor], name: str) -> np.ndarray:
+  return safetensors.read(extra[name])
+
+
+def _fits(source: Mapping[str, Any], config: Config, leaves: Specs) -> bool:
+  """Whether what is written is still the kind of model that was read."""
+  model_type = source['config']['model_type']
+  if model_type == 'gemma3' and source['extra']:
+    if not any('.' in leaf for leaf in leaves):
+      return False  # it has lost its image side: a text model
+  family = hf_facts.family(config)
+  return family.removesuffix('_text') == model_type.removesuffix('_text')
+
+
+def _facts(
+  config: Config,
+  where: str,
+  table: jax.ShapeDtypeStruct,
+  source: Mapping[str, Any],
+) -> dict[str, Any]:
+  dtype = np.dtype(table.dtype).name
+  if source:
+    return hf_facts.kept(config, where, dtype=dtype, source=source)
+  return hf_facts.facts_of(config, where, dtype=dtype)
+
+
+def _names(
+  model_type: str, leaves: Specs, source: Mapping[str, Any]
+) -> tuple[list[tuple[str, str, hf_names.Form]], list[str]]:
+  """(leaf, tensor, form) in the order of layers, and names of the heads."""
+  prefix = source.get('prefix', hf_names.PREFIXES[0])
+  out = []
+  for leaf in sorted(leaves, key=_order):
+    if '.' in leaf:
+      out.append((leaf, leaf, hf_names.SAME))
+    else:
+      name, form = hf_names.tensor(model_type, leaf)
+      out.append((leaf, prefix + name, form))
+  head = source.get('lm_head')
+  return out, [head] if head else []
+
+
+def _order(leaf: str) -> tuple[int, int, str]:
+  layer = re.match(r'layer_(\d+)/', leaf)
+  if layer:
+    return 1, int(layer[1]), leaf
+  return {'embedding': 0, 'final_norm': 2}.get(leaf, 3), 0, leaf
+
+
+def _stored(
+  spec: jax.ShapeDtypeStruct, form: hf_names.Form
+) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(form.shape(spec.shape), spec.dtype)

@@ -1,0 +1,162 @@
+"""Opens a model on disk, whoever wrote it, by looking at what lies there.
+
+Three formats: our model directories, Hugging Face directories, DeepMind's
+Orbax trees. Pickles are refused by name, without a look inside.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from alignjax.core import tree
+from alignjax.core.types import UserError
+from alignjax.interop import deepmind, hf, orbax
+from alignjax.interop.hf_files import PICKLES
+from alignjax.interop.opened import Opened
+from alignjax.models import decoder
+from alignjax.models.config import Config, from_json
+from alignjax.system import model_dir
+
+EXTRA = 'extra'  # role of the tensors that are not the decoder's
+# Written beside a model by a verification; about one copy of it only.
+CERTIFICATES = ('certificate.json', 'certificate.txt')
+
+
+def open(  # noqa: A001
+  path: epath.PathLike,
+  *,
+  role: str = 'policy',
+  window_self: bool | None = None,
+) -> Opened:
+  """What a model directory of any format holds; no weights are read.
+
+  Args:
+    path: the directory; local, or gs:// where the format allows.
+    role: which params of one of our directories.
+    window_self: overrides how the window counts (see Config).
+
+  Raises UserError if there is no model, or one that is not sound.
+  """
+  path = absolute(path)
+  if not path.exists():
+    raise UserError(f'no model at {path}: there is no such file or directory')
+  if not path.is_dir():
+    raise _not_a_directory(path)
+  if (path / 'model.json').exists():
+    return _ours(path, role, window_self)
+  names = sorted(file.name for file in path.iterdir())
+  if role != 'policy':
+    raise UserError(f'{path} has no roles, so no {role!r}: only ours have')
+  if any(
+    name.endswith(('.safetensors', '.safetensors.index.json')) for name in names
+  ):
+    return hf.read(path, window_self=window_self)
+  if pickles := [name for name in names if name.endswith(PICKLES)]:
+    raise UserError(
+      f'{path} has its weights in {", ".join(pickles)}, which is a pickle and'
+      ' may run code: it is not opened; use a copy with .safetensors files'
+    )
+  if orbax.find(path) is not None:
+    return deepmind.read(path, window_self=window_self)
+  if any((path / name).is_dir() for name in ('checkpoints', 'state')):
+    raise UserError(
+      f'{path} is a training run or one of its checkpoints, not a model; the'
+      ' model that training wrote is the directory with a model.json'
+    )
+  raise UserError(
+    f'no model at {path}: looked for model.json (ours), *.safetensors beside'
+    ' config.json (Hugging Face) and manifest.ocdbt or _METADATA (Orbax,'
+    f' DeepMind), found {", ".join(names[:5]) or "nothing"}'
+    f'{", ..." if len(names) > 5 else ""}'
+  )
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """A path that does not depend on the working directory."""
+  text = os.fspath(path)
+  return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
+def _not_a_directory(path: epath.Path) -> UserError:
+  if path.name.endswith('.safetensors'):
+    return UserError(
+      f'{path} is one file of a model; give its directory, which holds'
+      ' config.json as well'
+    )
+  if path.name.endswith(PICKLES):
+    return UserError(
+      f'{path} is a pickle, which may run code: it is not opened; use a model'
+      ' with .safetensors files'
+    )
+  return UserError(f'{path} is a file, expected the directory of a model')
+
+
+def _ours(path: epath.Path, role: str, window_self: bool | None) -> Opened:
+  found = model_dir.read(path)
+  for field, expected in (('view', 'plain'), ('head', 'tied')):
+    if (value := getattr(found, field)) != expected:
+      raise UserError(
+        f'{path}: {field} is {value!r}, expected {expected!r}: not a plain'
+        ' language model'
+      )
+  values = dict(found.config)
+  if window_self is not None:
+    values['window_self'] = window_self
+  leaves = model_dir.leaves(found, role)
+  config = from_json(values)
+  if role == 'policy':
+    _check(path, config, leaves)
+  # Their names have dots where ours have slashes.
+  source = found.provenance.get('source', {})
+  joint = '.' if source.get('format') == 'hf' else '/'
+  extra: dict[str, str] = {}
+  specs: dict[str, jax.ShapeDtypeStruct] = {}
+  if EXTRA in found.roles:
+    for name, spec in model_dir.leaves(found, EXTRA).items():
+      extra[name.replace('/', joint)] = name
+      specs[name.replace('/', joint)] = spec
+
+  def load_extra(name: str) -> np.ndarray:
+    return model_dir.load_leaf(found, EXTRA, extra[name])
+
+  return Opened(
+    path=path,
+    format='alignjax',
+    config=config,
+    leaves=leaves,
+    load=lambda name: model_dir.load_leaf(found, role, name),
+    origin={name: (name,) for name in leaves},
+    tokenizer=found.tokenizer,
+    files=tuple(f for f in found.files if f.name not in CERTIFICATES),
+    provenance=found.provenance,
+    extra=specs,
+    load_extra=load_extra,
+  )
+
+
+def _check(path: epath.Path, config: Config, leaves: Mapping[str, Any]) -> None:
+  if wrong := differing(config, leaves):
+    raise UserError(
+      f'{path}: model.json and the leaves do not agree: {"; ".join(wrong)}'
+    )
+
+
+def differing(config: Config, leaves: Mapping[str, Any]) -> list[str]:
+  """Every leaf that is missing, too many, or of a wrong shape."""
+  expected = tree.named(decoder.shapes(config))
+  wrong = []
+  for name in sorted(leaves.keys() | expected.keys()):
+    if name not in leaves:
+      wrong.append(f'{name} is missing')
+    elif name not in expected:
+      wrong.append(f'{name} is not expected')
+    elif leaves[name].shape != expected[name].shape:
+      wrong.append(
+        f'{name} is {list(leaves[name].shape)}, expected'
+        f' {list(expected[name].shape)}'
+      )
+  return wrong
