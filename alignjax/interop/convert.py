@@ -77,12 +77,19 @@ class Plan(NamedTuple):
   @property
   def peak_bytes(self) -> int:
     """Upper estimate of what the arrays of the conversion occupy at once."""
-    both = [*self.source.leaves.values(), *self.leaves.values()]
-    largest = max(map(size, (*both, *self.extra.values())))
-    # The leaf as stored and as written, and a turned copy of one of them.
-    held = 0 if self.to == 'hf' else min(self.bytes, model_dir.PART_BYTES)
-    # Orbax encodes what it is given before it lets go of it.
-    return 3 * largest + 2 * held + (0 if self.to == 'hf' else 2 * largest)
+    given, written = self.source.leaves, [*self.leaves.values()]
+    written += self.extra.values()
+    largest = max(map(size, (*given.values(), *written)))
+    # A leaf as stored and turned, or as stored and as written and padded.
+    copies = 2 if all(given[k] == x for k, x in self.leaves.items()) else 3
+    if self.to == 'hf':
+      return copies * largest
+    parts = sum(model_dir.writer_bytes(map(size, written)))
+    if self.to == 'deepmind':
+      # Up to three leaves wait until they are one tensor.
+      layers = (x for k, x in self.leaves.items() if k != 'embedding')
+      parts += 3 * max(map(size, layers))
+    return copies * largest + parts
 
 
 def size(spec: jax.ShapeDtypeStruct) -> int:

@@ -366,7 +366,7 @@ class _Assembly:
 
   def _flush(self) -> None:
     if self._whole:
-      model_dir._save(self._folder, self._whole)
+      model_dir.save_part(self._folder, self._whole)
     self._whole.clear()
 
 

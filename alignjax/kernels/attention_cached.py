@@ -1,8 +1,8 @@
 """Attention of one new token per row over a cache: the inner loop of decoding.
 
-The cache is read where it lies, [B, K, S, h]: heads before slots, so that both
-products are plain matrix products. Any other order is copied, whole, for every
-token.
+The cache is read where it lies, keys [B, K, h, S] and values [B, K, S, h], so
+that both products are plain matrix products. Any other order is copied, whole,
+for every token.
 """
 
 import jax
@@ -15,7 +15,7 @@ from alignjax.kernels.dense import softcap as cap
 
 def attention(
   q: Float[Array, 'B 1 H h'],
-  k: Float[Array, 'B K S h'],
+  k: Float[Array, 'B K h S'],
   v: Float[Array, 'B K S h'],
   *,
   q_position: Int[Array, 'B 1'],
@@ -24,10 +24,10 @@ def attention(
   softcap: float | None = None,
 ) -> Float[Array, 'B 1 H h']:
   """`kernels.attention.attention` for T = 1 over slots in any order."""
-  batch, kv_heads, _, dim = k.shape
+  batch, kv_heads, dim, _ = k.shape
   grouped = q.reshape(batch, kv_heads, -1, dim)
   logits = jnp.einsum(
-    'bkgh,bksh->bkgs', grouped, k, preferred_element_type=jnp.float32
+    'bkgh,bkhs->bkgs', grouped, k, preferred_element_type=jnp.float32
   )
   if softcap is not None:
     logits = cap(logits, softcap)

@@ -51,26 +51,37 @@ linear.defvjp(lambda x, w: (x @ w, (x, w)), _linear_backward)
 
 # So few rows that reading the weights is the cost.
 _FEW = 64
+_INNER = (((1,), (1,)), ((), ()))
 
 
 def linear_turned(
   x: Float[Array, '... D'], w: Float[Array, 'F D'], dtype: Any = None
 ) -> Float[Array, '... F']:
-  """x @ w.T, accumulated and returned in `dtype`.
-
-  For few rows it is computed as (w @ x.T).T.
-
-  A CPU's matrix product packs its right side first; the weights of a decode
-  step are used once, so packing the activations instead reads them 1.3 to 1.5
-  times as fast.
-  """
+  """x @ w.T, accumulated and returned in `dtype`."""
   rows = x.reshape(-1, x.shape[-1])
-  dims = (((1,), (1,)), ((), ()))
-  if rows.shape[0] <= _FEW:
-    out = jax.lax.dot_general(w, rows, dims, preferred_element_type=dtype).T
+  many = functools.partial(_times_turned, dtype=dtype)
+  if 1 < rows.shape[0] <= _FEW:
+    few = functools.partial(_few_times_turned, dtype=dtype)
+    out = jax.lax.platform_dependent(rows, w, cpu=few, default=many)
   else:
-    out = jax.lax.dot_general(rows, w, dims, preferred_element_type=dtype)
+    out = many(rows, w)
   return out.reshape(*x.shape[:-1], w.shape[0])
+
+
+def _times_turned(x, w, dtype):
+  return jax.lax.dot_general(x, w, _INNER, preferred_element_type=dtype)
+
+
+def _few_times_turned(x, w, dtype):
+  """(w @ x.T).T.
+
+  A CPU's matrix product packs its right side first. The weights of a decode
+  step are used once, so packing the activations instead reads them 1.3 to 2
+  times as fast. The barriers keep XLA from swapping the sides back.
+  """
+  columns = jax.lax.optimization_barrier(x.T)
+  out = jax.lax.dot(w, columns, preferred_element_type=dtype)
+  return jax.lax.optimization_barrier(out).T
 
 
 @jax.custom_vjp

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from alignjax.core.types import UserError
+from alignjax.interop.open import CERTIFICATES, EXTRA
 from alignjax.merge import memory, methods
 from alignjax.system import model_dir
 from alignjax.system.model_dir import ModelDir
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     models: what is merged.
     role: which params of theirs.
     leaves: shape and dtype by name.
+    extra: those of the base's tensors that are not the decoder's; copied.
     group: layer, tensor or all.
     rules: numbers of some leaves.
     outputs: path -> numbers of that merge.
@@ -54,6 +56,7 @@ class Plan(NamedTuple):
   models: tuple[ModelDir, ...]
   role: str
   leaves: dict[str, jax.ShapeDtypeStruct]
+  extra: dict[str, jax.ShapeDtypeStruct]
   group: str
   rules: tuple[Rule, ...]
   outputs: dict[str, dict[str, Any]]
@@ -68,11 +71,14 @@ class Plan(NamedTuple):
     inputs = len(self.models) + 1
     # Stored and float32 copies of the inputs, and the result.
     leaf = max(n * (inputs * (item + 4) + 4 + item) for n, item in sizes)
-    model = sum(n * item for n, item in sizes)
-    largest = max(n * item for n, item in sizes)
-    held = min(model, model_dir.PART_BYTES + largest)
-    # Writers write one at a time: a copy of what they hold, and its encoding.
-    return leaf + (len(self.outputs) + 2) * held
+    copied = [
+      math.prod(x.shape) * x.dtype.itemsize for x in self.extra.values()
+    ]
+    held, writing = model_dir.writer_bytes(
+      [n * item for n, item in sizes] + copied
+    )
+    # Every writer holds its share; they write one at a time.
+    return max([leaf, *copied]) + len(self.outputs) * held + writing
 
   @property
   def passes(self) -> int:
@@ -96,12 +102,12 @@ def plan(
 
   Args:
     method: linear (or lerp), slerp, liti.
-    base: model directory that gives the dtypes, the config and the tokenizer,
-      and from which task vectors are taken.
+    base: model directory that gives the dtypes, the config, the tokenizer and
+      the files that go with it, and from which task vectors are taken.
     models: model directories.
     out: the result's; for a list of t or liti_rate the folder of the results,
       `t_0.50` or `liti_0.30`.
-    role: which params to merge; the result has this role only.
+    role: which params to merge; beside it the result has `extra` of the base.
     group: layer, tensor or all.
     where: rules 'REGEX:name=value[,name=value]'.
     overwrite: replace existing results.
@@ -133,6 +139,7 @@ def plan(
     models=tuple(others),
     role=role,
     leaves=leaves,
+    extra=_extra(first, role),
     group=group,
     rules=rules,
     outputs=outputs,
@@ -153,7 +160,7 @@ def run(what: Plan, step: Step = lambda text: None) -> list[ModelDir]:
           path,
           config=what.base.config,
           provenance=_provenance(what, numbers, stats),
-          tokenizer=what.base.tokenizer,
+          files=[f for f in what.base.files if f.name not in CERTIFICATES],
           view=what.base.view,
           head=what.base.head,
           overwrite=what.overwrite,
@@ -172,7 +179,17 @@ def run(what: Plan, step: Step = lambda text: None) -> list[ModelDir]:
           _merged(what, name, base, leaves, stats.get(key), changed),
         )
       step(f'merged {name}')
+    for name in what.extra:
+      leaf = model_dir.load_leaf(what.base, EXTRA, name)
+      for put in puts:
+        put(EXTRA, name, leaf)
   return [model_dir.read(path) for path in what.outputs]
+
+
+def _extra(base: ModelDir, role: str) -> dict[str, jax.ShapeDtypeStruct]:
+  if EXTRA not in base.roles or role == EXTRA:
+    return {}
+  return model_dir.leaves(base, EXTRA)
 
 
 def _merged(what, name, base, leaves, stats, numbers) -> np.ndarray:
@@ -224,7 +241,10 @@ def _provenance(
     merged['angles_deg'] = {
       key: what.method.report(total) for key, total in stats.items()
     }
-  return {'merge': merged, 'alignjax': _version()}
+  out = {'merge': merged, 'alignjax': _version()}
+  if (kept := what.base.provenance.get('source')) is not None:
+    out['source'] = kept  # what writes the base's files back writes these
+  return out
 
 
 def _version() -> str:

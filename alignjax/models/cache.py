@@ -1,11 +1,11 @@
 """Key-value caches: all slots for global layers, a ring for local ones.
 
-A layer's cache is {'k', 'v': [B, K, S, h], 'position': int32 [B, S]}, position
--1 where a slot is empty or holds padding. All rows write the same slot, column
-c of the sequence into slot c mod S, so a local layer needs min(W, length) slots
-however long the sequence becomes. Heads come before slots because that is how a
-decode step reads them. Recurrent layers keep a state of fixed size instead
-(`models/recurrent.py`).
+A layer's cache is {'k': [B, K, h, S], 'v': [B, K, S, h], 'position': int32
+[B, S]}, position -1 where a slot is empty or holds padding. All rows write the
+same slot, column c of the sequence into slot c mod S, so a local layer needs
+min(W, length) slots however long the sequence becomes. The order of axes is
+that of the two matrix products of a decode step, which copies nothing then.
+Recurrent layers keep a state of fixed size instead (`models/recurrent.py`).
 """
 
 from typing import Any
@@ -15,15 +15,17 @@ import jax.numpy as jnp
 
 LayerCache = dict[str, Any]
 
+# Where the slots are.
+_SLOTS = {'k': 3, 'v': 2, 'position': 1}
+
 
 def empty(
   batch: int, slots: int, kv_heads: int, head_dim: int, dtype
 ) -> LayerCache:
   """A cache that holds nothing."""
-  shape = (batch, kv_heads, slots, head_dim)
   return {
-    'k': jnp.zeros(shape, dtype),
-    'v': jnp.zeros(shape, dtype),
+    'k': jnp.zeros((batch, kv_heads, head_dim, slots), dtype),
+    'v': jnp.zeros((batch, kv_heads, slots, head_dim), dtype),
     'position': jnp.full((batch, slots), -1, jnp.int32),
   }
 
@@ -43,7 +45,7 @@ def write(
   if length == 1 or not ring:
     return {
       name: jax.lax.dynamic_update_slice_in_dim(
-        cache[name], x.astype(cache[name].dtype), column % slots, _axis(x)
+        cache[name], x.astype(cache[name].dtype), column % slots, _SLOTS[name]
       )
       for name, x in new.items()
     }
@@ -51,13 +53,17 @@ def write(
   # to the front, row by row, or a short row's padding would push its own keys
   # out of the ring.
   order = (column + jnp.arange(slots)) % slots
-  old = {name: _take(cache[name], order[None]) for name in new}
-  whole = {name: _join(old[name], x) for name, x in new.items()}
+  whole = _joined(
+    {name: jnp.take(cache[name], order, axis=_SLOTS[name]) for name in new}, new
+  )
   front = jnp.argsort(whole['position'] >= 0, axis=1, stable=True)
   slot = jnp.argsort((column + length + jnp.arange(slots)) % slots)
   kept = front[:, -slots:][:, slot]
   return {
-    name: _take(x, kept).astype(cache[name].dtype) for name, x in whole.items()
+    name: jax.vmap(
+      lambda x, index, name=name: jnp.take(x, index, axis=_SLOTS[name] - 1)
+    )(x, kept)
+    for name, x in whole.items()
   }
 
 
@@ -68,10 +74,9 @@ def read(cache: LayerCache, k, v, position):
   the keys that its late ones overwrite. Returns k, v [B, S + T, K, h] and
   positions [B, S + T].
   """
-  new = _by_slot(k, v, position)
-  whole = {name: _join(cache[name], x) for name, x in new.items()}
-  keys, values = (jnp.swapaxes(whole[name], 1, 2) for name in 'kv')
-  return keys, values, whole['position']
+  whole = _joined(cache, _by_slot(k, v, position))
+  k = jnp.transpose(whole['k'], (0, 3, 1, 2))
+  return k, jnp.swapaxes(whole['v'], 1, 2), whole['position']
 
 
 def pad_block(block, length: int):
@@ -81,25 +86,17 @@ def pad_block(block, length: int):
   return jnp.pad(block, ((0, 0), (length - block.shape[1], 0)))
 
 
-def _by_slot(k, v, position):
+def _by_slot(k, v, position) -> LayerCache:
+  """New columns with their axes in the cache's order."""
   return {
-    'k': jnp.swapaxes(k, 1, 2),
+    'k': jnp.transpose(k, (0, 2, 3, 1)),
     'v': jnp.swapaxes(v, 1, 2),
     'position': position,
   }
 
 
-def _axis(x) -> int:
-  """Where the slots are: [B, S] or [B, K, S, h]."""
-  return 1 if x.ndim == 2 else 2
-
-
-def _join(old, new):
-  return jnp.concatenate([old, new.astype(old.dtype)], axis=_axis(old))
-
-
-def _take(x, index):
-  """Slots `index` [B or 1, S] of every row."""
-  if x.ndim == 4:
-    index = index[:, None, :, None]
-  return jnp.take_along_axis(x, index, axis=_axis(x))
+def _joined(old: LayerCache, new: LayerCache) -> LayerCache:
+  return {
+    name: jnp.concatenate([old[name], x.astype(old[name].dtype)], _SLOTS[name])
+    for name, x in new.items()
+  }

@@ -13,18 +13,17 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
 from alignjax.core import tree
 from alignjax.core.types import UserError
+from alignjax.system import leaf_files
 
 FORMAT = 1
 TOKENIZER = 'tokenizer.model'
@@ -128,10 +127,10 @@ def load_leaf(model: ModelDir, role: str, name: str) -> np.ndarray:
   """One leaf, checksum verified. Raises UserError if it is damaged."""
   expected = _known(model, role)[name]
   try:
-    array = np.asarray(_open(model, role, name).read().result())
+    array = leaf_files.read(_open(model, role, name))
   except (ValueError, OSError) as error:
     raise _damaged(model, role, name, _first_line(error)) from error
-  found = _crc(array)
+  found = leaf_files.crc32(array)
   if found != expected:
     raise _damaged(
       model, role, name, f'its checksum is {found}, expected {expected}'
@@ -148,7 +147,8 @@ def load(model: ModelDir, role: str = 'policy') -> dict[str, Any]:
 def checksums(params: Any) -> dict[str, str]:
   """What `model.json` records for a tree: crc32 in hex by leaf name."""
   return {
-    name: _crc(np.asarray(leaf)) for name, leaf in tree.named(params).items()
+    name: leaf_files.crc32(np.asarray(leaf))
+    for name, leaf in tree.named(params).items()
   }
 
 
@@ -238,7 +238,8 @@ def writer(
 ) -> Iterator[Callable[[str, str, Any], None]]:
   """`write` leaf by leaf: yields put(role, leaf name, array).
 
-  Holds at most PART_BYTES and one leaf. The directory appears when the block
+  Holds at most PART_BYTES and one leaf, which is written from where it is if
+  it exceeds PART_BYTES. The directory appears when the block
   ends; after an error there is none, and an old one is untouched.
   """
   path = _absolute(path)
@@ -258,7 +259,7 @@ def writer(
     _check_leaf(path, name, array)
     if name in sums.setdefault(role, {}):
       raise ValueError(f'leaf {name!r} of the role {role!r} was put twice')
-    sums[role][name] = _crc(array)
+    sums[role][name] = leaf_files.crc32(array)
     part.setdefault(role, {})[name] = array
     if sum(x.nbytes for of in part.values() for x in of.values()) >= PART_BYTES:
       _flush(partial, part)
@@ -288,6 +289,35 @@ def writer(
     raise
 
 
+def save_part(directory: epath.Path, part: Mapping[str, np.ndarray]) -> None:
+  """Adds leaves to an Orbax checkpoint, which a first part creates.
+
+  Raises OSError or ValueError for what the file system refuses, and may leave
+  some of it: to be called within a directory that is renamed once whole.
+  """
+  index = directory / '_METADATA'
+  before = json.loads(index.read_text()) if index.exists() else None
+  directory.mkdir(parents=True, exist_ok=True)
+  leaf_files.save(directory, part, PART_BYTES)
+  if before is not None:
+    # Orbax lists what it has just saved; the earlier parts belong to it too.
+    after = json.loads(index.read_text())
+    after['tree_metadata'] = before['tree_metadata'] | after['tree_metadata']
+    index.write_text(json.dumps(after))
+
+
+def writer_bytes(leaf_bytes: Iterable[int]) -> tuple[int, int]:
+  """Upper estimate of a writer's memory for leaves of these sizes.
+
+  Returns (what it holds between two leaves, what it takes beyond that while it
+  writes); the leaf that is put comes on top, if it exceeds PART_BYTES.
+  """
+  small = [size for size in leaf_bytes if size <= PART_BYTES]
+  held = min(sum(small), PART_BYTES + max(small, default=0))
+  # Orbax's copy of what is held, and its encoding.
+  return held, 2 * held + leaf_files.PASSING_BYTES
+
+
 def _absolute(path: epath.PathLike) -> epath.Path:
   text = os.fspath(path)
   return epath.Path(text if '://' in text else os.path.abspath(text))
@@ -302,10 +332,9 @@ def _known(model: ModelDir, role: str) -> dict[str, str]:
 
 
 def _open(model: ModelDir, role: str, name: str) -> ts.TensorStore:
-  text = os.fspath(model.path / 'params' / role / name.replace('/', '.'))
-  store = text if '://' in text else {'driver': 'file', 'path': text}
+  file = leaf_files.place(model.path / 'params' / role, name)
   try:
-    return ts.open({'driver': 'zarr', 'kvstore': store}, read=True).result()
+    return leaf_files.open_array(file)
   except (ValueError, OSError) as error:
     raise _damaged(model, role, name, _first_line(error)) from error
 
@@ -321,11 +350,6 @@ def _first_line(error: Exception) -> str:
   return re.sub(r' \[[a-z_]+=.*', '', str(error).splitlines()[0])
 
 
-def _crc(array: np.ndarray) -> str:
-  flat = np.ascontiguousarray(array).reshape(-1)
-  return f'{zlib.crc32(flat.view(np.uint8).data):08x}'
-
-
 def _check_leaf(path: epath.Path, name: str, array: np.ndarray) -> None:
   # On disk '.' joins the parts of a name.
   if not re.fullmatch(r'[^./]+(/[^./]+)*', name):
@@ -336,32 +360,8 @@ def _check_leaf(path: epath.Path, name: str, array: np.ndarray) -> None:
 
 def _flush(partial: epath.Path, part: dict[str, dict[str, np.ndarray]]) -> None:
   for role, weights in part.items():
-    _save(partial / 'params' / role, weights)
+    save_part(partial / 'params' / role, weights)
   part.clear()
-
-
-def _save(directory: epath.Path, part: Mapping[str, np.ndarray]) -> None:
-  """Adds leaves to an Orbax checkpoint, which a first part creates."""
-  me = jax.process_index()
-  handler = ocp.PyTreeCheckpointHandler(
-    use_ocdbt=False,
-    use_zarr3=False,
-    # One process writes alone: waiting for the others would hang.
-    multiprocessing_options=ocp.options.MultiprocessingOptions(
-      primary_host=me,
-      active_processes={me},
-      barrier_sync_key_prefix=f'model_dir_{me}',
-    ),
-  )
-  index = directory / '_METADATA'
-  before = json.loads(index.read_text()) if index.exists() else None
-  directory.mkdir(parents=True, exist_ok=True)
-  handler.save(directory, args=ocp.args.PyTreeSave(tree.nested(part)))
-  if before is not None:
-    # Orbax lists what it has just saved; the earlier parts belong to it too.
-    after = json.loads(index.read_text())
-    after['tree_metadata'] = before['tree_metadata'] | after['tree_metadata']
-    index.write_text(json.dumps(after))
 
 
 def _swap(partial: epath.Path, path: epath.Path) -> None:

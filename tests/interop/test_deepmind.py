@@ -247,7 +247,7 @@ def test_an_unfinished_tree_is_none(tmp_path, monkeypatch):
   def full(*args):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(model_dir, '_save', full)
+  monkeypatch.setattr(model_dir, 'save_part', full)
   with pytest.raises(UserError, match='disk full while writing'):
     write(tmp_path / 'm', config, leaves)
   assert list(tmp_path.iterdir()) == []

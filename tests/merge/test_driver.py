@@ -187,6 +187,58 @@ def test_provenance_says_what_was_merged(three, tmp_path):
   assert all(0 < angle < 180 for (angle,) in said['angles_deg'].values())
 
 
+def test_what_belongs_to_the_base_travels(three, tmp_path):
+  paths, (weights, _, _) = three
+  names = ('tokenizer.json', 'chat_template.jinja', 'certificate.json')
+  for name in names:
+    (tmp_path / name).write_text(name)
+  source = {'format': 'hf', 'prefix': 'language_model.'}
+  tower = {
+    'vision': {'w': np.arange(6, dtype=np.float16).reshape(2, 3)},
+    'projector': jnp.ones((3, 2), jnp.bfloat16),
+  }
+  tokenizer = paths[0].parent / 'base.tokenizer'
+  base = model_dir.write(
+    paths[0],
+    config={'width': 3},
+    params={'policy': weights, 'extra': tower},
+    provenance={'source': source, 'made': 'for this test'},
+    tokenizer=tokenizer,
+    files=[tmp_path / name for name in names],
+    overwrite=True,
+  )
+  results = merged('slerp', paths, tmp_path / 'out', t=[0.2, 0.7])
+  assert len(results) == 2
+  for result in results:
+    # A certificate is about the base only.
+    assert [file.name for file in result.files] == [
+      'chat_template.jinja',
+      'tokenizer.json',
+      'tokenizer.model',
+    ]
+    assert (result.path / 'tokenizer.model').read_bytes() == b'pieces'
+    assert result.provenance['source'] == source
+    assert 'made' not in result.provenance
+    assert result.roles == ('policy', 'extra')
+    identical(model_dir.load(result, 'extra'), tower)
+    assert result.checksums['extra'] == base.checksums['extra']
+
+
+def test_only_the_base_gives_other_tensors(three, tmp_path):
+  paths, (_, a, _) = three
+  model_dir.write(
+    paths[1],
+    config={'width': 3},
+    params={'policy': a, 'extra': {'w': np.ones(2)}},
+    provenance={'source': {'format': 'hf'}},
+    tokenizer=tmp_path / 'a.tokenizer',
+    overwrite=True,
+  )
+  (result,) = merged('slerp', paths, tmp_path / 'out')
+  assert result.roles == ('policy',)
+  assert 'source' not in result.provenance
+
+
 def test_different_shapes_are_refused(three, tmp_path):
   paths, _ = three
   write(paths[2], params(2, shape=(5, 3)), overwrite=True)

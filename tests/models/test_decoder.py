@@ -59,10 +59,10 @@ def test_cached_decoding_equals_the_full_pass(family, chunks):
 def test_local_layers_keep_a_ring_and_global_ones_everything():
   config = tiny.config(family='gemma3', layers=7)
   cache = decoder.empty_cache(config, 2, 40)
-  slots = [layer['k'].shape[2] for layer in cache['layers']]
+  slots = [layer['position'].shape[1] for layer in cache['layers']]
   assert slots == [8, 8, 8, 8, 8, 40, 8]
   short = decoder.empty_cache(config, 2, 5)
-  assert {layer['k'].shape[2] for layer in short['layers']} == {5}
+  assert {layer['position'].shape[1] for layer in short['layers']} == {5}
 
 
 @pytest.mark.parametrize('remat', ['dots', 'full'])

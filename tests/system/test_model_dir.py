@@ -1,5 +1,6 @@
 import errno
 import json
+import zlib
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +11,7 @@ import tensorstore as ts
 
 from alignjax.core import tree
 from alignjax.core.types import UserError
-from alignjax.system import model_dir
+from alignjax.system import leaf_files, model_dir
 
 
 def params():
@@ -76,6 +77,91 @@ def test_plain_orbax_restores_it(tmp_path, monkeypatch, part_bytes):
   path = tmp_path / 'm/params/policy'
   same(params(), ocp.PyTreeCheckpointer().restore(path))
   same(params(), ocp.StandardCheckpointer().restore(path))
+
+
+def large(tmp_path, monkeypatch, leaf):
+  monkeypatch.setattr(model_dir, 'PART_BYTES', 64)
+  monkeypatch.setattr(leaf_files, 'CHUNK_BYTES', 128)
+  small = np.arange(3, dtype=np.float32)
+  weights = {'norm': small, 'table': leaf, 'z': {'table': leaf[::-1]}}
+  return write(tmp_path / 'm', params={'policy': weights}), weights
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16, np.int8])
+@pytest.mark.parametrize('shape', [(203,), (37, 5), (3, 7, 11), (2, 500)])
+def test_a_large_leaf_is_written_in_pieces(tmp_path, monkeypatch, shape, dtype):
+  leaf = (np.arange(np.prod(shape)) % 113).astype(dtype).reshape(shape)
+  leaf[1:] *= leaf[1:] < 60  # some pieces are nothing but zeros
+  model, weights = large(tmp_path, monkeypatch, leaf)
+  path = tmp_path / 'm/params/policy'
+  pieces = [f for f in (path / 'z.table').iterdir() if f.name != '.zarray']
+  assert len(pieces) >= leaf.nbytes / 128 > 1
+  same(weights, model_dir.load(model))
+  same(weights, ocp.PyTreeCheckpointer().restore(path))
+  same(weights, ocp.StandardCheckpointer().restore(path))
+  assert model_dir.leaves(model)['z/table'].shape == shape
+  assert model.checksums['policy'] == model_dir.checksums(weights)
+  crc = zlib.crc32(weights['z']['table'].tobytes())
+  assert model.checksums['policy']['z/table'] == f'{crc:08x}'
+
+
+def test_large_leaves_are_stored_as_small_ones(tmp_path, monkeypatch):
+  leaf = np.ones((20, 4), np.float32)
+  write(tmp_path / 'o', params={'policy': {'table': leaf}})
+  large(tmp_path, monkeypatch, leaf)
+  facts = [
+    json.loads((tmp_path / path / 'params/policy/table/.zarray').read_text())
+    for path in ('o', 'm')
+  ]
+  assert facts[1].pop('chunks') == [8, 4]
+  assert facts[0].pop('chunks') == facts[0]['shape']
+  assert facts[0] == facts[1]
+  index = [
+    json.loads((tmp_path / path / 'params/policy/_METADATA').read_text())
+    for path in ('o', 'm')
+  ]
+  entry = "('table',)"
+  ours, theirs = (of.pop('tree_metadata')[entry] for of in index)
+  assert ours == theirs and index[0] == index[1]
+
+
+@pytest.mark.parametrize('damage', ['cut', 'gone'])
+def test_a_damaged_piece_names_the_leaf(tmp_path, monkeypatch, damage):
+  model, _ = large(tmp_path, monkeypatch, np.ones((20, 4), np.float32))
+  file = tmp_path / 'm/params/policy/table/1.0'
+  file.unlink() if damage == 'gone' else file.write_bytes(file.read_bytes()[:9])
+  with pytest.raises(UserError, match="m/params/policy: leaf 'table'"):
+    model_dir.load_leaf(model, 'policy', 'table')
+  model_dir.load_leaf(model, 'policy', 'z/table')
+
+
+def test_a_full_disk_amid_a_large_leaf_leaves_nothing(tmp_path, monkeypatch):
+  def full(*_):
+    raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
+
+  monkeypatch.setattr(leaf_files, '_rewrite', full)
+  with pytest.raises(UserError, match='disk full while writing .*m'):
+    large(tmp_path, monkeypatch, np.ones((20, 4), np.float32))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_leaf_is_not_copied(tmp_path):
+  leaf = np.zeros((model_dir.PART_BYTES // 2**20 + 32, 2**20), np.int8)
+  leaf[:, ::7] = 3
+  saved = []
+  save = ocp.PyTreeCheckpointHandler.save
+
+  def spied(self, directory, args):
+    saved.extend(x.nbytes for x in tree.named(args.item).values())
+    save(self, directory, args=args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ocp.PyTreeCheckpointHandler, 'save', spied)
+    model = write(tmp_path / 'm', params={'policy': {'table': leaf}})
+  assert saved == [1]
+  facts = json.loads((tmp_path / 'm/params/policy/table/.zarray').read_text())
+  assert np.prod(facts['chunks']) <= leaf_files.CHUNK_BYTES
+  assert model.checksums['policy'] == model_dir.checksums({'table': leaf})
 
 
 def test_leaves_may_come_one_by_one(tmp_path):
