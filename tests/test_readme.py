@@ -49,6 +49,7 @@ def shell(command, where):
     shlex.split(command),
     cwd=where,
     env=ENVIRONMENT | {'PYTHONPATH': str(ROOT)},
+    stdin=subprocess.DEVNULL,
     capture_output=True,
     text=True,
   )
@@ -147,7 +148,7 @@ def test_bad_words_are_one_sentence(quickstart):
       'run --config=configs/quickstart.py --workdir=x --config.runs=many',
       'whole number',
     ),
-    ('sample nowhere --prompt x', 'no model directory'),
+    ('sample nowhere --prompt x', 'no model at'),
     ('trian', "did you mean 'train'"),
   ):
     done = shell(f'alignjax {words}', quickstart)

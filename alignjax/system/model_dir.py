@@ -312,10 +312,12 @@ def writer_bytes(leaf_bytes: Iterable[int]) -> tuple[int, int]:
   Returns (what it holds between two leaves, what it takes beyond that while it
   writes); the leaf that is put comes on top, if it exceeds PART_BYTES.
   """
-  small = [size for size in leaf_bytes if size <= PART_BYTES]
+  sizes = list(leaf_bytes)
+  small = [size for size in sizes if size <= PART_BYTES]
   held = min(sum(small), PART_BYTES + max(small, default=0))
   # Orbax's copy of what is held, and its encoding.
-  return held, 2 * held + leaf_files.PASSING_BYTES
+  passing = leaf_files.PASSING_BYTES if len(small) < len(sizes) else 0
+  return held, max(2 * held, passing)
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
