@@ -9,7 +9,6 @@ and Gemma 4 trees are refused, by the tensors that they have beyond these.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +19,11 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from alignjax.core import directory
 from alignjax.core.types import UserError
 from alignjax.interop import (
   deepmind_config,
   deepmind_names,
-  directory,
   orbax,
 )
 from alignjax.interop.hf import FILES
@@ -298,13 +297,8 @@ def writer(
   )
   with directory.replaced(path, needed_bytes) as partial:
     assembly = _Assembly(partial, pieces)
-    try:
-      yield assembly.put
-      assembly.finish()
-    except ValueError as error:  # what TensorStore raises
-      if 'No space left on device' in str(error):
-        raise OSError(errno.ENOSPC, str(error)) from error
-      raise
+    yield assembly.put
+    assembly.finish()
     for file in map(epath.Path, files):
       file.copy(partial / file.name)
     facts = {

@@ -20,10 +20,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from alignjax.core import tree
+from alignjax.core import directory, tree
 from alignjax.core.types import UserError
 from alignjax.interop import (
-  directory,
   hf_config,
   hf_facts,
   hf_files,

@@ -8,7 +8,6 @@ part. Not a training checkpoint: no optimizer, no step, no stacked layers.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from alignjax.core import tree
+from alignjax.core import directory, tree
 from alignjax.core.types import UserError
 from alignjax.system import leaf_files
 
@@ -165,17 +164,7 @@ def digest_of(sums: Mapping[str, str]) -> str:
 
 def check_free(path: epath.PathLike, overwrite: bool = False) -> None:
   """Raises UserError if `path` must not be written to."""
-  path = _absolute(path)
-  if not path.exists():
-    return
-  if path.is_dir() and not list(path.iterdir()):
-    return
-  if not overwrite:
-    raise UserError(f'{path} exists already; to replace it, pass --overwrite')
-  if not (path / 'model.json').exists():
-    raise UserError(
-      f'{path} exists and is not a model directory, so it is not overwritten'
-    )
+  directory.check_free(_absolute(path), 'model.json', overwrite)
 
 
 def write(
@@ -239,8 +228,8 @@ def writer(
   """`write` leaf by leaf: yields put(role, leaf name, array).
 
   Holds at most PART_BYTES and one leaf, which is written from where it is if
-  it exceeds PART_BYTES. The directory appears when the block
-  ends; after an error there is none, and an old one is untouched.
+  it exceeds PART_BYTES. The directory appears when the block ends; after an
+  error there is none, and an old one is untouched.
   """
   path = _absolute(path)
   check_free(path, overwrite)
@@ -250,7 +239,6 @@ def writer(
   for file in copies.values():
     if not file.exists():
       raise UserError(f'no tokenizer file at {file}')
-  partial = path.parent / f'.{path.name}.partial'
   sums: dict[str, dict[str, str]] = {}
   part: dict[str, dict[str, np.ndarray]] = {}
 
@@ -264,9 +252,8 @@ def writer(
     if sum(x.nbytes for of in part.values() for x in of.values()) >= PART_BYTES:
       _flush(partial, part)
 
-  try:
-    _remove(partial)
-    (partial / 'params').mkdir(parents=True)
+  with directory.replaced(path) as partial:
+    (partial / 'params').mkdir()
     yield put
     _flush(partial, part)
     for name, file in copies.items():
@@ -281,24 +268,18 @@ def writer(
       'checksums': {r: dict(sorted(of.items())) for r, of in sums.items()},
     }
     (partial / 'model.json').write_text(json.dumps(facts, indent=2) + '\n')
-    _swap(partial, path)
-  except BaseException as error:
-    _remove(partial)
-    if _is_disk_full(error):
-      raise UserError(f'disk full while writing {path}') from error
-    raise
 
 
-def save_part(directory: epath.Path, part: Mapping[str, np.ndarray]) -> None:
+def save_part(folder: epath.Path, part: Mapping[str, np.ndarray]) -> None:
   """Adds leaves to an Orbax checkpoint, which a first part creates.
 
   Raises OSError or ValueError for what the file system refuses, and may leave
-  some of it: to be called within a directory that is renamed once whole.
+  some of it: to be called within a folder that is renamed once whole.
   """
-  index = directory / '_METADATA'
+  index = folder / '_METADATA'
   before = json.loads(index.read_text()) if index.exists() else None
-  directory.mkdir(parents=True, exist_ok=True)
-  leaf_files.save(directory, part, PART_BYTES)
+  folder.mkdir(parents=True, exist_ok=True)
+  leaf_files.save(folder, part, PART_BYTES)
   if before is not None:
     # Orbax lists what it has just saved; the earlier parts belong to it too.
     after = json.loads(index.read_text())
@@ -364,29 +345,3 @@ def _flush(partial: epath.Path, part: dict[str, dict[str, np.ndarray]]) -> None:
   for role, weights in part.items():
     save_part(partial / 'params' / role, weights)
   part.clear()
-
-
-def _swap(partial: epath.Path, path: epath.Path) -> None:
-  """`partial` becomes `path`; what was there goes once it is replaced."""
-  if not path.exists():
-    partial.rename(path)
-    return
-  old = path.parent / f'.{path.name}.replaced'
-  _remove(old)
-  path.rename(old)
-  try:
-    partial.rename(path)
-  except BaseException:
-    old.rename(path)
-    raise
-  _remove(old)
-
-
-def _remove(path: epath.Path) -> None:
-  if path.exists():
-    path.rmtree()
-
-
-def _is_disk_full(error: BaseException) -> bool:
-  full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-  return full or 'No space left on device' in str(error)

@@ -9,11 +9,11 @@ import dataclasses
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from alignjax.models.recurrentgemma import recurrentgemma
 
 from alignjax.core import tree
 from alignjax.models import decoder
 from alignjax.models.gemma import gemma
+from alignjax.models.recurrentgemma import recurrentgemma
 
 SIZES = dict(vocab_size=40, width=16, hidden=24, heads=4, head_dim=8)
 CONFIGS = {

@@ -254,7 +254,7 @@ def test_an_existing_directory_is_kept(tmp_path):
   same(changed, model_dir.load(new))
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine/thesis.txt').write_text('years of work')
-  with pytest.raises(UserError, match='not a model directory'):
+  with pytest.raises(UserError, match='has no model.json'):
     write(tmp_path / 'mine', overwrite=True)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['m', 'mine']
 

@@ -3,7 +3,7 @@ import shutil
 import pytest
 from etils import epath
 
-from alignjax.interop import directory
+from alignjax.core import directory
 
 
 def test_an_old_directory_comes_back_if_the_new_one_cannot_move(tmp_path):

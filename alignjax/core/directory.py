@@ -28,7 +28,7 @@ def check_free(path: epath.Path, mark: str, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def replaced(path: epath.Path, needed_bytes: int) -> Iterator[epath.Path]:
+def replaced(path: epath.Path, needed_bytes: int = 0) -> Iterator[epath.Path]:
   """Yields a directory that becomes `path` when the block ends.
 
   After an error there is none, and an old one is untouched. Raises UserError
@@ -43,7 +43,7 @@ def replaced(path: epath.Path, needed_bytes: int) -> Iterator[epath.Path]:
     _swap(partial, path)
   except BaseException as error:
     _remove(partial)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if _is_disk_full(error):
       raise UserError(f'disk full while writing {path}') from error
     raise
 
@@ -80,3 +80,9 @@ def _swap(partial: epath.Path, path: epath.Path) -> None:
 def _remove(path: epath.Path) -> None:
   if path.exists():
     path.rmtree()
+
+
+def _is_disk_full(error: BaseException) -> bool:
+  full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+  # TensorStore says it in words, in an error of another type.
+  return full or 'No space left on device' in str(error)
