@@ -17,11 +17,11 @@ from alignjax.core.types import UserError
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='alignjax sample',
-    description='Text from a model directory, or a conversation with --chat. '
+    description='Text from a model, or a conversation with --chat. '
     'Without --prompt, each line of standard input is a prompt or a message.',
     allow_abbrev=False,
   )
-  parser.add_argument('path', metavar='PATH', help='a model directory')
+  parser.add_argument('path', metavar='PATH', help='a model in any format')
   parser.add_argument('--prompt', action='append', metavar='TEXT')
   parser.add_argument('--n', type=int, default=1, help='texts per prompt')
   parser.add_argument(

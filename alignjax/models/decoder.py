@@ -7,6 +7,7 @@ and `stacked` convert. Everything is a pure function of (config, params).
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -109,8 +110,17 @@ def _init(config: Config, key) -> dict[str, Any]:
 
 
 def cast(config: Config, params: Params) -> Params:
-  """Parameters in the compute dtype: once per call, outside any loop."""
-  return tree.cast(params, config.dtype)
+  """Parameters in the compute dtype: once per call, outside any loop.
+
+  Scales of norms and decays stay as they are: they enter float32 arithmetic,
+  and 1 + scale or exp(-8 softplus(p)) would feel the rounding.
+  """
+
+  def leaf(name, x):
+    exact = re.fullmatch(r'(.*/)?(\w+_norm|a_param)', name)
+    return x if exact else x.astype(config.dtype)
+
+  return tree.map_named(leaf, params)
 
 
 def stacked(config: Config, params: Params) -> Params:

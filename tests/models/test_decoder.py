@@ -10,7 +10,7 @@ import pytest
 from alignjax.core import tree
 from alignjax.core.types import UserError
 from alignjax.models import decoder
-from alignjax.models.config import from_json, to_json
+from alignjax.models.config import Config, from_json, to_json
 from tests import tiny
 
 
@@ -159,3 +159,27 @@ def test_bad_shapes_are_told_in_one_sentence():
   assert from_json(values) == tiny.config()
   with pytest.raises(UserError, match='no such fields'):
     from_json(values | {'depth': 3})
+
+
+def test_norms_and_decays_are_not_rounded():
+  config = Config(
+    vocab_size=64,
+    width=32,
+    hidden=48,
+    layers=4,
+    heads=4,
+    kv_heads=1,
+    head_dim=8,
+    pattern=('recurrent', 'local'),
+    bias=True,
+    dtype='bfloat16',
+  )
+  params = decoder.cast(config, decoder.init(config, jax.random.key(0)))
+  dtypes = {name: x.dtype for name, x in tree.named(params).items()}
+  exact = {name for name, dtype in dtypes.items() if dtype == jnp.float32}
+  assert exact == {
+    name for name in dtypes if name.endswith(('_norm', 'a_param'))
+  }
+  assert 'groups/0/recurrent/a_param' in exact and 'final_norm' in exact
+  logits = decoder.apply(config, params, jnp.zeros((1, 5), jnp.int32))
+  assert logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
