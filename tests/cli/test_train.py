@@ -277,7 +277,7 @@ def test_a_write_that_fails_leaves_the_checkpoints_before_it(text, tmp_path):
     ({'batch_size': 6, 'microbatches': 4}, 'batch_size = 6 is not a multiple'),
     ({'mesh': {'rows': -1}}, "no axis 'rows'"),
     ({'mesh': {'data': 64}}, 'does not fill'),
-    ({'start': {'policy': '/nowhere'}}, 'no model directory at /nowhere'),
+    ({'start': {'policy': '/nowhere'}}, 'no model at /nowhere'),
     ({'optimizer': {'schedule': 'step'}}, "schedule: found 'step'"),
     ({'tokenizer': '/nowhere.model'}, '/nowhere.model'),
     ({'source': {'prompt_tokens': 1}}, 'no text is long enough for a prompt'),
