@@ -9,6 +9,7 @@ import jax
 import alignjax
 from alignjax import train
 from alignjax.recipes.jbond import jbond
+from alignjax.step import init_state, make_step
 from alignjax.system.optimizer import optimizer
 from tests import tiny
 
@@ -23,9 +24,9 @@ def main() -> None:
     importlib.import_module(module)
   recipe = jbond(tiny.model(), tiny.evenness, max_new_tokens=4)
   tx = optimizer(1)
-  state = train.init_state(recipe, tx, 0)
+  state = init_state(recipe, tx, 0)
   batch = train.stage_batch(recipe, state, tiny.batch(), 0)
-  state, metrics = jax.jit(train.make_step(recipe, tx))(state, batch)
+  state, metrics = jax.jit(make_step(recipe, tx))(state, batch)
   assert metrics['skipped'].number == 0
   print(f'{len(modules)} modules and one step on Python {sys.version[:7]}')
 

@@ -30,8 +30,12 @@ _room('policies', 'core', 'models')
 _room('rewards', 'core', 'losses', 'models', 'policies')
 _room('stages', 'core', 'system', 'losses', 'policies', 'rewards')
 _room('recipes')
-_room('train', 'core', 'system')
-_room('evaluate', *(room for room in ABOVE if room not in ('recipes', 'train')))
+_room('step', 'core', 'system')
+_room('train', 'core', 'system', 'step')
+_room(
+  'evaluate',
+  *(room for room in ABOVE if room not in ('recipes', 'step', 'train')),
+)
 _room('merge', 'core', 'system', 'interop')
 _room('plan')
 _room('report', 'core')

@@ -12,6 +12,7 @@ import alignjax
 from alignjax import train
 from alignjax.core import lookup
 from alignjax.core.types import BATCH_FIELDS
+from alignjax.step import init_state, make_step
 from alignjax.system.optimizer import optimizer
 from tests import tiny
 from tests.test_train import text_source
@@ -72,8 +73,8 @@ def test_three_steps(name):
   recipe = build(name)
   tx = optimizer(3, lr=1e-2)
   results = []
-  start = train.init_state(recipe, tx, 0)
-  step = jax.jit(train.make_step(recipe, tx))
+  start = init_state(recipe, tx, 0)
+  step = jax.jit(make_step(recipe, tx))
   for _ in range(2):
     state = start
     for k in range(3):
@@ -106,8 +107,8 @@ def test_alignment_raises_its_reward():
   # Not a bandit: a decoder that samples, scores, compares and learns.
   recipe = build('jbond')
   tx = optimizer(40, lr=1e-2)
-  state = train.init_state(recipe, tx, 0)
-  step = jax.jit(train.make_step(recipe, tx))
+  state = init_state(recipe, tx, 0)
+  step = jax.jit(make_step(recipe, tx))
   source, rewards = tiny.prompt_source(batch_size=32), []
   for k in range(40):
     batch = jax.tree.map(jnp.asarray, source.batch(k))

@@ -16,6 +16,7 @@ from alignjax.core.types import Follow, Mean, Recipe, UserError
 from alignjax.data import pack, sources
 from alignjax.recipes.jbond import jbond
 from alignjax.recipes.sft import sft
+from alignjax.step import init_state, make_step
 from alignjax.system import mesh as meshes
 from alignjax.system import metrics
 from alignjax.system.optimizer import optimizer
@@ -37,10 +38,8 @@ def text_source(batch_size=8, seed=0):
 def one_step(recipe, batch, *, microbatches=1, seed=0, tx=None):
   # Not Adam: its first step divides tiny gradients by themselves.
   tx = tx or optimizer(10, algorithm='sgd', lr=1.0)
-  state = train.init_state(recipe, tx, seed)
-  step = jax.jit(
-    train.make_step(recipe, tx, seed=seed, microbatches=microbatches)
-  )
+  state = init_state(recipe, tx, seed)
+  step = jax.jit(make_step(recipe, tx, seed=seed, microbatches=microbatches))
   return step(state, train.stage_batch(recipe, state, batch, seed))
 
 
@@ -69,12 +68,12 @@ def test_sharded_equals_unsharded():
   results = []
   for axes in ({'data': 2, 'fsdp': 2}, None):
     mesh = axes and meshes.make(axes)
-    state = train.init_state(recipe, tx, 0, mesh=mesh, table=SHARDING)
+    state = init_state(recipe, tx, 0, mesh=mesh, table=SHARDING)
     batch = tiny.batch()
     if mesh is not None:
       batch = jax.device_put(batch, meshes.rows(mesh))
     batch = train.stage_batch(recipe, state, batch, 0)
-    state, found = jax.jit(train.make_step(recipe, tx))(state, batch)
+    state, found = jax.jit(make_step(recipe, tx))(state, batch)
     results.append((state.params, float(found['loss/forward'].value)))
   for params, loss in results[:-1]:
     assert loss == pytest.approx(results[-1][1], rel=1e-5)
@@ -144,7 +143,7 @@ def steps_source():
 
 def run(recipe, workdir, schedule, **changes):
   tx = optax.sgd(1.0)
-  state = train.init_state(recipe, tx, schedule.seed)
+  state = init_state(recipe, tx, schedule.seed)
   return train.train(
     recipe, tx, steps_source(), state, schedule, workdir=workdir, **changes
   )
@@ -179,7 +178,7 @@ def test_a_signal_saves_and_the_next_call_continues(tmp_path):
   schedule = train.Schedule(steps=9)
 
   def go(source, where):
-    state = train.init_state(recipe, tx, 0)
+    state = init_state(recipe, tx, 0)
     return train.train(recipe, tx, source, state, schedule, workdir=where)
 
   interrupted = Interrupted({'id': np.arange(100)}, [], 1, 0)
@@ -216,12 +215,10 @@ def test_start_names_roles_that_exist():
   recipe = jbond(MODEL, tiny.evenness)
   tx = optimizer(1)
   with pytest.raises(UserError, match="no role 'teacher'"):
-    train.init_state(recipe, tx, 0, start={'teacher': '@policy'})
+    init_state(recipe, tx, 0, start={'teacher': '@policy'})
   with pytest.raises(UserError, match="start.policy: '@anchor'"):
-    train.init_state(
-      recipe, tx, 0, start={'policy': '@anchor', 'anchor': '@policy'}
-    )
-  state = train.init_state(recipe, tx, 0)
+    init_state(recipe, tx, 0, start={'policy': '@anchor', 'anchor': '@policy'})
+  state = init_state(recipe, tx, 0)
   jax.tree.map(
     np.testing.assert_array_equal,
     state.params['policy'],
@@ -239,7 +236,7 @@ def test_frozen_leaves_keep_no_moments_and_layers_may_differ():
   tx = optimizer(10, lr=1e-2, table=table, clip_norm=0.0)
   recipe = sft(MODEL)
   batch = jax.tree.map(jnp.asarray, text_source().batch(0))
-  before = train.init_state(recipe, tx, 0)
+  before = init_state(recipe, tx, 0)
   after, _ = one_step(recipe, batch, tx=tx)
   shapes = [x.shape for x in jax.tree.leaves(before.opt_state)]
   assert before.params['policy']['embedding'].shape not in shapes

@@ -113,7 +113,9 @@ def writer(
     'greedy': temperature == 0,
   }
   # Once: nothing is cast or turned in a turn.
-  weights = lm.decoding(policy.view({'policy': model.params}, {}))
+  weights = jax.jit(
+    lambda params: lm.decoding(policy.view({'policy': params}, {}), rows=1)
+  )(model.params)
   widths: set[int] = set()
 
   @jax.jit

@@ -66,6 +66,7 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   from alignjax.cli import parts
   from alignjax.core import lookup, tree
   from alignjax.models import gemma, recurrentgemma
+  from alignjax.step import init_state
   from alignjax.system import mesh as meshes
 
   tokens = parts.tokenizer(config.tokenizer)
@@ -91,7 +92,7 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   files.write(workdir / 'config.json', configs.to_json(config))
   files.write(workdir / 'environment.json', environment)
   table = gemma.SHARDING + recurrentgemma.SHARDING
-  state = train.init_state(
+  state = init_state(
     recipe, tx, schedule.seed, start=origins, mesh=mesh, table=table
   )
   size = f'{tree.size(state.params) / 1e6:.2f} M parameters'

@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
   config: Any
   kind: str
-  turned: bool = False
+  turned: tuple[str, ...] = ()
 
   @nn.compact
   def __call__(

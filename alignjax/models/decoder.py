@@ -37,6 +37,9 @@ INPUTS = (
   (r'.*/attn/o', 2),
   (r'.*', 0),
 )
+# Linear maps that `turned` holds outputs first, for several rows and for one.
+TURNED = ('q', 'k', 'v', 'o', 'gate', 'up', 'down', 'x', 'y', 'out')
+TURNED_SINGLE = ('o', 'down')
 
 
 class Block(nn.Module):
@@ -44,7 +47,7 @@ class Block(nn.Module):
 
   config: Config
   kind: str
-  turned: bool = False
+  turned: tuple[str, ...] = ()
 
   @nn.compact
   def __call__(
@@ -133,14 +136,18 @@ def canonical(params: Params) -> Params:
   return tree.unstack(params)
 
 
-def turned(params: Params) -> Params:
+def turned(params: Params, *, single: bool = False) -> Params:
   """Stacked -> what `extend` reads: a leaf per layer, outputs before inputs.
 
   Made once, outside a decode loop, which must not slice or turn weights for
-  every token.
+  every token. For a `single` row only the maps to fewer channels are turned: a
+  CPU multiplies one vector fastest along the longer side of a matrix.
   """
+  names = TURNED_SINGLE if single else TURNED
 
   def turn(name, x):
+    if name.rpartition('/')[2] not in names:
+      return x
     inputs = tree.lookup(INPUTS, name, 'linear maps')
     return jnp.moveaxis(x, range(inputs), range(-inputs, 0))
 
@@ -260,17 +267,20 @@ def extend(
   position: Int[Array, 'B T'],
   cache: dict[str, Any],
   block: Int[Array, 'B T'] | None = None,
+  *,
+  single: bool = False,
 ) -> tuple[Float[Array, 'B T D'], dict[str, Any]]:
   """Features of the next T columns (a prompt chunk or one token).
 
   Equals `features` of the whole sequence at those columns; position -1 marks
-  padding, on either side of a chunk. `params` are `turned`, in the compute
-  dtype.
+  padding, on either side of a chunk. `params` are `turned` (and `single` says
+  how), in the compute dtype.
   """
+  names = TURNED_SINGLE if single else TURNED
   x = embed(config, params['embedding'], tokens)
   layers = []
   for i in range(config.layers):
-    x, one = Block(config, config.kind(i), turned=True).apply(
+    x, one = Block(config, config.kind(i), turned=names).apply(
       {'params': params[f'layer_{i}']},
       x,
       position,

@@ -71,12 +71,12 @@ def project(
 ) -> Float[Array, 'B T *outputs']:
   """x through the linear map `name` of a module, [*inputs, *outputs].
 
-  A module that is `turned` holds it as [*outputs, *inputs], which is how a
-  decode step reads it fastest (`decoder.turned`).
+  A module that has it among its `turned` maps holds it as [*outputs, *inputs],
+  which is how a decode step reads it fastest (`decoder.turned`).
   """
   inputs = x.shape[2:]
   flat = x.reshape(*x.shape[:2], -1)
-  if module.turned:  # pyright: ignore
+  if name in module.turned:  # pyright: ignore
     w = module.param(name, init, (*outputs, *inputs))
     out = linear_turned(flat, w.reshape(-1, flat.shape[-1]))
   else:
@@ -92,7 +92,7 @@ class FeedForward(nn.Module):
   """
 
   config: Any
-  turned: bool = False
+  turned: tuple[str, ...] = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:

@@ -30,7 +30,7 @@ class Recurrent(nn.Module):
   """Recurrent mixer; `config` is a decoder `Config`."""
 
   config: Any
-  turned: bool = False
+  turned: tuple[str, ...] = ()
 
   @nn.compact
   def __call__(

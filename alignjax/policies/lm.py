@@ -20,16 +20,21 @@ from alignjax.policies.combine import restrict
 class Layouts(NamedTuple):
   """One set of weights, cast, as training scans it and as decoding reads it.
 
-  What a jitted caller does not use is never computed.
+  `single` is for decoding one row, `turned` for more. What a jitted caller does
+  not use is never computed.
   """
 
   scanned: Params
   turned: Params
+  single: Params
 
 
-def decoding(weights: Layouts) -> Layouts:
-  """What `start` and `step` use of a view, for whoever only samples."""
-  return Layouts({'embedding': weights.turned['embedding']}, weights.turned)
+def decoding(weights: Layouts, rows: int) -> Layouts:
+  """What `start` and `step` of `rows` rows use of a view."""
+  head = {'embedding': weights.scanned['embedding']}
+  if rows == 1:
+    return Layouts(head, {}, weights.single)
+  return Layouts(head, weights.turned, {})
 
 
 def model(config: Config, tokenizer) -> Model:
@@ -58,7 +63,9 @@ def lm(
 
   def view(bundle: Bundle, batch: Batch) -> Layouts:
     params = decoder.cast(config, bundle[role])
-    return Layouts(params, decoder.turned(params))
+    return Layouts(
+      params, decoder.turned(params), decoder.turned(params, single=True)
+    )
 
   def features(weights: Layouts, batch: Batch):
     if 'response' not in batch:
@@ -83,6 +90,13 @@ def lm(
   def head(weights, x):
     return decoder.unembed(config, weights.scanned, x)
 
+  def extend(weights, tokens, position, cache):
+    single = len(tokens) == 1
+    params = weights.single if single else weights.turned
+    return decoder.extend(
+      config, params, tokens, position, cache, single=single
+    )
+
   def start(weights, batch: Batch, length: int):
     prompt = _to_the_right(batch['prompt'], pad)
     rows, width = prompt.shape
@@ -94,7 +108,7 @@ def lm(
 
     def read(cache, columns):
       tokens, position = columns
-      x, cache = decoder.extend(config, weights.turned, tokens, position, cache)
+      x, cache = extend(weights, tokens, position, cache)
       return cache, x[:, -1]
 
     if width == chunk:
@@ -112,9 +126,7 @@ def lm(
   def step(weights, cache, tokens):
     position = cache['next']
     inner = {'column': cache['column'], 'layers': cache['layers']}
-    x, inner = decoder.extend(
-      config, weights.turned, tokens[:, None], position[:, None], inner
-    )
+    x, inner = extend(weights, tokens[:, None], position[:, None], inner)
     return head(weights, x[:, 0]), inner | {'next': position + 1}
 
   def take(cache, rows):

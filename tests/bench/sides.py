@@ -77,14 +77,14 @@ def ours_train(args) -> dict[str, dict]:
   import jax
   import jax.numpy as jnp
 
-  from alignjax import train
   from alignjax.recipes.sft import sft
+  from alignjax.step import init_state, make_step
   from alignjax.system.optimizer import optimizer
 
   recipe = sft(ours_model())
   tx = optimizer(1000, lr=1e-4, weight_decay=0.01)
-  state = train.init_state(recipe, tx, 0)
-  step = jax.jit(train.make_step(recipe, tx), donate_argnums=0)
+  state = init_state(recipe, tx, 0)
+  step = jax.jit(make_step(recipe, tx), donate_argnums=0)
   rows, length = args.rows, args.length
   batch = {
     'id': jnp.arange(rows),

@@ -10,6 +10,7 @@ import optax
 
 from alignjax import train
 from alignjax.models.tabular import tabular
+from alignjax.step import init_state, make_step
 
 REF = np.array([0.10, 0.20, 0.30, 0.25, 0.15])
 REWARD = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
@@ -62,10 +63,8 @@ def natural_gradient(lr, weight=None):
 
 def run(recipe, tx, *, rows, steps, seed=0, microbatches=1, watch=None):
   """The loop without its files: final policy probabilities and state."""
-  state = train.init_state(recipe, tx, seed)
-  step = jax.jit(
-    train.make_step(recipe, tx, seed=seed, microbatches=microbatches)
-  )
+  state = init_state(recipe, tx, seed)
+  step = jax.jit(make_step(recipe, tx, seed=seed, microbatches=microbatches))
 
   @jax.jit
   def whole(state, k):
