@@ -47,6 +47,7 @@ setup(
   ],
   extras_require={
     'tpu': ['jax[tpu]'],
+    'plan': ['libtpu'],
     'test': TEST,
   },
   entry_points={'console_scripts': ['alignjax = alignjax.cli.__main__:main']},

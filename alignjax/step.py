@@ -35,6 +35,7 @@ def init_state(
   start: Mapping[str, Params | str] | None = None,
   mesh: Mesh | None = None,
   table: meshes.Table = meshes.REPLICATED,
+  abstract: bool = False,
 ) -> TrainState:
   """The state before the first step.
 
@@ -45,6 +46,7 @@ def init_state(
     start: role -> parameters, or '@role' for a copy of another role.
       Followers default to their leader.
     mesh, table: where leaves live; initialisation runs sharded.
+    abstract: with a mesh: shapes and places only, nothing is allocated.
   """
   start = dict(start or {})
   for role, follow in recipe.follow.items():
@@ -82,9 +84,15 @@ def init_state(
   if mesh is None:
     return jax.jit(build)(given)
   shapes = jax.eval_shape(build, given)
-  return jax.jit(build, out_shardings=meshes.shardings(shapes, table, mesh))(
-    given
-  )
+  places = meshes.shardings(shapes, table, mesh)
+  if abstract:
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      shapes,
+      places,
+    )
+  with meshes.current(mesh):
+    return jax.jit(build, out_shardings=places)(given)
 
 
 def _check_start(recipe: Recipe, start: Mapping[str, Any]) -> None:

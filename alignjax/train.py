@@ -8,7 +8,7 @@ exist only between steps.
 
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,19 @@ from alignjax.core.types import (
   Recipe,
   Source,
   TrainState,
-  UserError,
 )
 from alignjax.step import make_step
-from alignjax.system import checkpoint
+from alignjax.system import (
+  checkpoint,
+  corruption,
+  hosts,
+  ledger,
+  prefetch,
+  resume,
+)
 from alignjax.system import mesh as meshes
 from alignjax.system import metrics as numbers
+from alignjax.system.rows import to_mesh
 
 
 class Schedule(NamedTuple):
@@ -39,6 +46,7 @@ class Schedule(NamedTuple):
     log_every, save_every: in steps; the last step always does both.
     keep: checkpoints kept.
     max_bad_steps: skipped (non-finite) updates in a row that end the run.
+    verify_every: in steps; gradients are computed twice and compared; 0: never.
   """
 
   steps: int
@@ -48,16 +56,19 @@ class Schedule(NamedTuple):
   save_every: int = 100
   keep: int = 2
   max_bad_steps: int = 5
+  verify_every: int = 0
 
 
 def stage_batch(
   recipe: Recipe, state: TrainState, batch: Batch, seed: int
 ) -> Batch:
   """The batch after the recipe's stages, with the keys of this step."""
+  if not recipe.stages:
+    return batch
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   bundle = {**state.params, **state.frozen}
   for i, stage in enumerate(recipe.stages):
-    batch = stage(bundle, batch, jax.random.fold_in(key, i))
+    batch = ledger.timed(stage)(bundle, batch, jax.random.fold_in(key, i))
   return batch
 
 
@@ -71,97 +82,94 @@ def train(
   workdir: Path,
   label: str = 'train',
   mesh: Mesh | None = None,
-  fallback: bool = False,
+  started: float | None = None,
 ) -> tuple[TrainState, bool]:
   """Runs `schedule`, continuing what `workdir` holds.
+
+  `started` (of time.monotonic) is when the ledger's start-up began.
 
   Returns:
     (state, finished). Not finished: SIGINT or SIGTERM arrived; the state of
     the last whole step is saved.
 
   Raises:
-    UserError: damaged checkpoint; too many non-finite updates in a row.
+    UserError: no checkpoint is whole; too many non-finite updates in a row;
+      gradients that do not repeat.
   """
+  with ledger.keep(started) as book, meshes.current(mesh):
+    return _train(
+      recipe, tx, source, state, schedule, book, workdir, label, mesh
+    )
+
+
+def _train(recipe, tx, source, state, schedule, book, workdir, label, mesh):
   fixed = [role for role, follow in recipe.follow.items() if follow is None]
   checkpoints = checkpoint.manager(workdir / 'checkpoints', schedule.keep)
-  state = _resume(checkpoints, state, fixed, source, workdir, fallback)
+  state = resume.resume(checkpoints, state, fixed, source, workdir)
   begin = int(state.step)
-  step = _compiled(recipe, tx, schedule, state)
+  step = compiled(recipe, tx, schedule, state)
+  verify = corruption.check(
+    recipe, seed=schedule.seed, microbatches=schedule.microbatches
+  )
   place = None if mesh is None else meshes.rows(mesh)
-  batches = source.batches(begin)
+  batches = prefetch.ahead(
+    source, begin, schedule.steps, lambda batch: to_mesh(batch, place)
+  )
 
   with (
     _signals() as stop,
     numbers.progress(label, schedule.steps, begin) as advance,
+    closing(batches),
+    resume.finishing(checkpoints),
   ):
     log = numbers.recorder(
       workdir,
       advance,
+      book=book,
       last=schedule.steps,
       log_every=schedule.log_every,
       max_bad_steps=schedule.max_bad_steps,
     )
     next(log)
+    stops = hosts.agreement()
+    book.turn('other')
     for k in range(begin, schedule.steps):
-      batch = jax.device_put(next(batches), place)
+      with book.phase('data'):
+        batch, source_state = next(batches)
       batch = stage_batch(recipe, state, batch, schedule.seed)
-      state, metrics = step(state, batch)
+      if schedule.verify_every and (k + 1) % schedule.verify_every == 0:
+        verify(state, batch)
+      with book.phase('step'):
+        state, metrics = step(state, batch)
+        book.watch('step', metrics)
       source.tell(batch)
       log.send((k + 1, metrics, _tokens(batch)))
-      last = k + 1 == schedule.steps or bool(stop)
+      stopping = stops(k + 1, bool(stop))
+      last = k + 1 == schedule.steps or stopping
       if last or (k + 1) % schedule.save_every == 0:
         log.send(None)
-        _save(checkpoints, state, fixed, source)
-      if stop:
+        with book.phase('checkpoint'):
+          resume.save(checkpoints, state, fixed, source_state())
+      if stopping:
         break
     log.close()
-  _finish(checkpoints)
-  return state, int(state.step) == schedule.steps
+  with book.phase('checkpoint'):
+    resume.finish(checkpoints)
+  done = int(state.step)
+  if done > begin:
+    timing = workdir / 'timing.jsonl'
+    rows = numbers.read(timing)
+    numbers.append(timing, ledger.closing(rows, done, book.take()))
+  return state, done == schedule.steps
 
 
-def _compiled(recipe, tx, schedule, state):
+def compiled(recipe, tx, schedule, state):
   """The jitted step: state donated, and left where it was."""
   step = make_step(
     recipe, tx, seed=schedule.seed, microbatches=schedule.microbatches
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(step, out_shardings=(shardings, None), donate_argnums=0)
-
-
-def _resume(checkpoints, state, fixed, source, workdir, fallback):
-  """What the workdir holds, or `state`; logs are cut back to it."""
-  restored = checkpoint.restore(
-    checkpoints, state, fixed=fixed, fallback=fallback
-  )
-  if restored is not None:
-    state, source_state = restored
-    source.restore(source_state)
-  for name in ('metrics.jsonl', 'timing.jsonl'):
-    numbers.cut(workdir / name, int(state.step))
-  return state
-
-
-def _save(checkpoints, state, fixed, source) -> None:
-  try:
-    checkpoint.save(checkpoints, state, fixed=fixed, source=source.state())
-  except Exception as error:  # of this write or an earlier asynchronous one
-    raise _not_saved(checkpoints, error) from error
-
-
-def _finish(checkpoints) -> None:
-  try:
-    checkpoints.wait_until_finished()
-  except Exception as error:  # of an asynchronous write
-    raise _not_saved(checkpoints, error) from error
-  checkpoints.close()
-
-
-def _not_saved(checkpoints, error) -> UserError:
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return UserError(
-    f'could not write a checkpoint to {checkpoints.directory} ({lines[0]}); '
-    f'the ones before it are whole: {sorted(checkpoints.all_steps())}'
-  )
 
 
 def _tokens(batch: Batch) -> Any:

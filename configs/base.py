@@ -28,6 +28,7 @@ def single(
   c.save_every = 20
   c.keep = 2
   c.max_bad_steps = 5
+  c.verify_every = 0
   return c
 
 

@@ -108,6 +108,7 @@ def run(steps: int, batch_size: int) -> ConfigDict:
       save_every=100,
       keep=2,
       max_bad_steps=5,
+      verify_every=0,
     )
   )
 

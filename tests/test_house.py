@@ -32,6 +32,7 @@ _room('stages', 'core', 'system', 'losses', 'policies', 'rewards')
 _room('recipes')
 _room('step', 'core', 'system')
 _room('train', 'core', 'system', 'step')
+_room('replay', 'core', 'system', 'train')
 _room(
   'evaluate',
   *(room for room in ABOVE if room not in ('recipes', 'step', 'train')),

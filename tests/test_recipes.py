@@ -32,6 +32,7 @@ GOLDEN = {
     'loss/forward': 34.3536,
     'reward': 0.5,
   },
+  'distill': {'grad_norm': 0.209069, 'loss/kl': 0.335489, 'nll': 5.66469},
   'jbond': {
     'entropy': 5.38641,
     'grad_norm': 23.3716,

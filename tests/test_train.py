@@ -17,7 +17,6 @@ from alignjax.data import pack, sources
 from alignjax.recipes.jbond import jbond
 from alignjax.recipes.sft import sft
 from alignjax.step import init_state, make_step
-from alignjax.system import mesh as meshes
 from alignjax.system import metrics
 from alignjax.system.optimizer import optimizer
 from tests import tiny
@@ -58,27 +57,6 @@ def test_microbatches_are_exact_with_uneven_masks():
     np.testing.assert_allclose(
       metrics_1['nll'].value, metrics_m['nll'].value, rtol=1e-5
     )
-
-
-def test_sharded_equals_unsharded():
-  recipe = jbond(MODEL, tiny.evenness, max_new_tokens=6)
-  tx = optimizer(10, algorithm='sgd', lr=1.0)
-  from alignjax.models.gemma import SHARDING
-
-  results = []
-  for axes in ({'data': 2, 'fsdp': 2}, None):
-    mesh = axes and meshes.make(axes)
-    state = init_state(recipe, tx, 0, mesh=mesh, table=SHARDING)
-    batch = tiny.batch()
-    if mesh is not None:
-      batch = jax.device_put(batch, meshes.rows(mesh))
-    batch = train.stage_batch(recipe, state, batch, 0)
-    state, found = jax.jit(make_step(recipe, tx))(state, batch)
-    results.append((state.params, float(found['loss/forward'].value)))
-  for params, loss in results[:-1]:
-    assert loss == pytest.approx(results[-1][1], rel=1e-5)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(results[-1][0])):
-      np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_updates_go_over_every_row_once():

@@ -14,6 +14,7 @@ VERBS = {
   'sample': 'text from a model, or a conversation with it',
   'evaluate': 'reward, KL, win rate and diversity of models',
   'merge': 'merge the weights of models',
+  'plan': 'what a run needs on a TPU slice, without a TPU',
   'convert': 'rewrite a model in another format, with a certificate',
   'report': 'one offline HTML file from runs and evaluations',
   'inspect': 'what a model, by name or on disk, or a training run holds',

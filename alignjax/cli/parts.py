@@ -5,7 +5,6 @@ recipe's positional parameters are built from the sections of the same names.
 Nothing below this file reads a config.
 """
 
-import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
@@ -127,16 +126,6 @@ def start(
     origins[role] = load_params(found, decoder_config)
     digests[role] = digest(found)
   return origins, digests
-
-
-def on_mesh(config: Config, mesh: jax.sharding.Mesh) -> Config:
-  """`config` with kernels that the compiler can split over a mesh."""
-  if mesh.size == 1:
-    return config
-  # A Pallas kernel is opaque to the partitioner.
-  free = {'attention': 'chunked', 'recurrence': 'linear'}
-  auto = {k: v for k, v in free.items() if getattr(config, k) == 'auto'}
-  return dataclasses.replace(config, **auto)
 
 
 def language_model(config: Config, tokens: Any) -> Model:

@@ -1,9 +1,11 @@
 """`alignjax train`: one training run; starting it again continues it."""
 
 import argparse
+import collections
 import json
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,33 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--workdir', required=True, type=Path, metavar='W')
   parser.add_argument(
-    '--fallback',
-    action='store_true',
-    help='if the newest checkpoint is damaged, go on from the one before',
+    '--replay',
+    type=int,
+    metavar='STEP',
+    help='make a past step of this run again, from the nearest kept '
+    'checkpoint, and compare its metrics; exits 1 if they differ',
+  )
+  hosts = parser.add_argument_group(
+    'several hosts',
+    'The same command on each; TPU pods, Slurm and Open MPI need no flags. '
+    '--workdir is one folder that all of them see.',
+  )
+  hosts.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0')
+  hosts.add_argument('--processes', type=int, metavar='N')
+  hosts.add_argument('--process', type=int, metavar='I', help='0 .. N - 1')
+  hosts.add_argument(
+    '--start_s',
+    type=int,
+    default=300,
+    metavar='S',
+    help='seconds to wait for the other processes (%(default)s)',
+  )
+  hosts.add_argument(
+    '--heartbeat_s',
+    type=int,
+    default=60,
+    metavar='S',
+    help='silence of a process that ends the others (%(default)s)',
   )
   return parser
 
@@ -40,12 +66,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
   """Returns 0 when the run is complete, 75 when it was interrupted."""
   arguments, rest = _parser().parse_known_args(list(argv))
+  from alignjax.system import hosts
+
   config, _, rest = configs.load(['--config', arguments.config, *rest])
   if rest:
     raise UserError(f'unknown argument {rest[0]!r}; `alignjax train --help`')
   workdir = arguments.workdir
   _claim(workdir, config)
-  return _train(config, workdir, arguments.fallback)
+  given = {name: getattr(arguments, name) for name in hosts.Hosts._fields}
+  with hosts.session(hosts.Hosts(**given)):
+    return _train(config, workdir, arguments.replay)
 
 
 def _claim(workdir: Path, config) -> None:
@@ -61,21 +91,22 @@ def _claim(workdir: Path, config) -> None:
       )
 
 
-def _train(config, workdir: Path, fallback: bool) -> int:
+def _train(config, workdir: Path, step: int | None) -> int:
+  started = time.monotonic()
   from alignjax import train
   from alignjax.cli import parts
   from alignjax.core import lookup, tree
-  from alignjax.models import gemma, recurrentgemma
+  from alignjax.models import sharding
   from alignjax.step import init_state
   from alignjax.system import mesh as meshes
 
   tokens = parts.tokenizer(config.tokenizer)
   mesh = meshes.make(dict(config.mesh))
-  shape = parts.on_mesh(parts.model_config(config, tokens), mesh)
+  shape = parts.model_config(config, tokens)
   model = parts.language_model(shape, tokens)
   recipe = parts.recipe(config, model, tokens)
   schedule = train.Schedule(
-    **{name: config[name] for name in train.Schedule._fields}
+    **{name: config[name] for name in train.Schedule._fields if name in config}
   )
   updates = schedule.steps * recipe.updates
   tx = lookup.build('system', config.optimizer, updates)
@@ -85,16 +116,21 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   )
   origins, digests = parts.start(config.start, shape)
 
-  workdir.mkdir(parents=True, exist_ok=True)
+  if step is None:
+    workdir.mkdir(parents=True, exist_ok=True)
+  elif not (workdir / 'metrics.jsonl').exists():
+    raise UserError(f'--replay: no run at {workdir}')
   parts.compilation_cache(workdir)
   _check_start(workdir / 'start.json', digests)
-  environment = json.dumps(_environment(), indent=2)
-  files.write(workdir / 'config.json', configs.to_json(config))
-  files.write(workdir / 'environment.json', environment)
-  table = gemma.SHARDING + recurrentgemma.SHARDING
+  if step is None:
+    _note(workdir, config, digests)
   state = init_state(
-    recipe, tx, schedule.seed, start=origins, mesh=mesh, table=table
+    recipe, tx, schedule.seed, start=origins, mesh=mesh, table=sharding.TABLE
   )
+  if step is not None:
+    return _replay(
+      recipe, tx, source, state, schedule, workdir=workdir, step=step, mesh=mesh
+    )
   size = f'{tree.size(state.params) / 1e6:.2f} M parameters'
   _say(workdir, f'{config.recipe.name}, {size}, {schedule.steps} steps')
   state, finished = train.train(
@@ -106,7 +142,7 @@ def _train(config, workdir: Path, fallback: bool) -> int:
     workdir=workdir,
     label=workdir.name,
     mesh=mesh,
-    fallback=fallback,
+    started=started,
   )
   if not finished:
     done = f'{int(state.step)} of {schedule.steps}'
@@ -116,11 +152,28 @@ def _train(config, workdir: Path, fallback: bool) -> int:
   return console.OK
 
 
+def _replay(*run, workdir: Path, **options) -> int:
+  """Says whether a past step gives the same metrics; 1 if it does not."""
+  from alignjax import replay
+
+  done = replay.replay(*run, workdir=workdir, **options)
+  said = f'step {done.row["step"]}, from checkpoint {done.origin}'
+  if done.logged is None:
+    print(f'{said}: {json.dumps(done.row)}; metrics.jsonl has no row of it')
+    return console.OK
+  if done.differences:
+    print(f'{said}: different: {"; ".join(done.differences)}')
+    return 1
+  print(f'{said}: the same metrics, bit for bit')
+  return console.OK
+
+
 def _export(config, workdir: Path, recipe, state, shape, init) -> None:
   """One model directory for each role that moved; `init` is a digest."""
+  from alignjax.core import tree
   from alignjax.models import decoder
   from alignjax.models.config import to_json
-  from alignjax.system import model_dir
+  from alignjax.system import hosts, model_dir
 
   provenance: dict[str, Any] = {
     'method': config.recipe.name,
@@ -132,10 +185,16 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
   for role, params in {**state.params, **state.frozen}.items():
     if role in recipe.follow and recipe.follow[role] is None:
       continue
+    # Every process takes part in gathering each leaf; one writes them.
+    named = tree.named(decoder.canonical(params))
+    leaves = ((name, hosts.whole(leaf)) for name, leaf in named.items())
+    if not hosts.first():
+      collections.deque(leaves, maxlen=0)
+      continue
     model_dir.write(
       workdir / ('model' if role == 'policy' else f'model_{role}'),
       config=to_json(shape),
-      params={'policy': decoder.canonical(params)},
+      params={'policy': leaves},
       provenance=provenance | {'role': role},
       tokenizer=config.tokenizer or None,
       overwrite=True,
@@ -143,7 +202,10 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
 
 
 def _say(workdir: Path, text: str) -> None:
-  print(f'{workdir.name}: {text}', file=sys.stderr, flush=True)
+  from alignjax.system import hosts
+
+  if hosts.first():
+    print(f'{workdir.name}: {text}', file=sys.stderr, flush=True)
 
 
 def _check_start(file: Path, digests: dict[str, str]) -> None:
@@ -156,7 +218,19 @@ def _check_start(file: Path, digests: dict[str, str]) -> None:
           f'start.{role}: the weights have changed since this run began; '
           'use a new --workdir'
         )
-  files.write(file, json.dumps(digests, indent=2, sort_keys=True))
+
+
+def _note(workdir: Path, config, digests: dict[str, str]) -> None:
+  """What this run is, by the process that writes what is written once."""
+  from alignjax.system import hosts
+
+  if not hosts.first():
+    return
+  start = json.dumps(digests, indent=2, sort_keys=True)
+  files.write(workdir / 'start.json', start)
+  files.write(workdir / 'config.json', configs.to_json(config))
+  environment = json.dumps(_environment(), indent=2)
+  files.write(workdir / 'environment.json', environment)
 
 
 def _environment() -> dict[str, str]:

@@ -162,13 +162,20 @@ class Model(NamedTuple):
 Objective = Callable[[Bundle, Batch, Key], tuple[Loss, Metrics]]
 Stage = Callable[[Bundle, Batch, Key], Batch]
 # -> [B, N, K]. A reward function may carry `names`, a tuple of K strings. The
-# first score is the one optimised; the others are logged.
+# first score is the one optimised; the others are logged. One that runs on the
+# host says `host = True`: it gets NumPy arrays, and of several hosts' rows only
+# those it is to answer for.
 Reward = Callable[[Bundle, Batch, Key], Array]
 Judge = Callable[[Bundle, Batch, Array, Key], Array]  # pairs [P, 2] -> [B, P]
 
 
 class Source(Protocol):
   """Batches as a function of (seed, k)."""
+
+  @property
+  def listens(self) -> bool:
+    """Whether `tell` may change later batches; then none is drawn ahead."""
+    ...
 
   def batch(self, k: int) -> dict[str, Any]:
     """Batch k, the same for every process layout."""

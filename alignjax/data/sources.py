@@ -6,6 +6,7 @@ access, so that no state but k needs saving.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,12 +38,14 @@ class Rows:
   batch_size: int
   seed: int
 
+  listens = False
+
   def __len__(self) -> int:
     return len(next(iter(self.fields.values())))
 
   def batch(self, k: int) -> dict[str, np.ndarray]:
     """Batch k; goes through all rows before any comes again."""
-    order = grain.MapDataset.range(len(self)).seed(self.seed).shuffle().repeat()
+    order = _order(len(self), self.seed)
     start = k * self.batch_size
     ids = np.array([order[start + i] for i in range(self.batch_size)])
     return self.rows(ids)
@@ -69,6 +72,12 @@ class Rows:
 
   def tell(self, batch) -> None:
     del batch
+
+
+@functools.lru_cache(maxsize=8)
+def _order(size: int, seed: int):
+  """Row numbers, a new permutation every epoch."""
+  return grain.MapDataset.range(size).seed(seed).shuffle().repeat()
 
 
 def text(

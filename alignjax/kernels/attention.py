@@ -8,8 +8,10 @@ rotary embedding and caches are the model's.
 from functools import partial
 
 import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from alignjax.core import placement
 from alignjax.core.types import UserError
 from alignjax.kernels import attention_chunked as chunked
 from alignjax.kernels import attention_plain as plain
@@ -68,6 +70,8 @@ def attention(
   }
   queries = Tokens(q_position, q_segment, q_block)
   keys = Tokens(k_position, k_segment, k_block)
+  # Split columns are not the columns of the keys any more.
+  aligned = aligned and not placement.split(placement.COLUMNS)
   problems = splash.obstacles(q, k, queries, aligned)
   _check(implementation, problems)
   if implementation == 'auto':
@@ -75,7 +79,37 @@ def attention(
     chosen = choices['plain'] if few else _by_platform(choices, not problems)
   else:
     chosen = choices[implementation]
-  return chosen(q, k, v, queries, keys)
+  return _placed(chosen, q, k, v, queries, keys)
+
+
+def _placed(chosen, q, k, v, queries, keys):
+  """On a mesh every chip computes its own rows and heads; a kernel is opaque
+  to the partitioner. Columns of queries may be split, those of keys are not.
+  """
+  mesh = placement.mesh()
+  if mesh is None:
+    return chosen(q, k, v, queries, keys)
+  rows, columns, heads = placement.dividing(
+    (placement.ROWS, placement.COLUMNS, placement.HEADS), q.shape, mesh.shape
+  )
+  (key_heads,) = placement.dividing(
+    (placement.HEADS,), k.shape[2:3], mesh.shape
+  )
+  if k.shape[2] > 1 and key_heads is None:
+    heads = None
+  over_keys = PartitionSpec(rows, None, key_heads)
+  return jax.shard_map(
+    chosen,
+    in_specs=(
+      PartitionSpec(rows, columns, heads),
+      over_keys,
+      over_keys,
+      PartitionSpec(rows, columns),
+      PartitionSpec(rows),
+    ),
+    out_specs=PartitionSpec(rows, columns, heads),
+    check_vma=False,
+  )(q, k, v, queries, keys)
 
 
 def _by_platform(choices, splash_applies):

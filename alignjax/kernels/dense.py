@@ -19,34 +19,53 @@ _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBE = 0.044715
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(
-  x: Float[Array, '... D'], w: Float[Array, 'D F']
-) -> Float[Array, '... F']:
-  """x @ w."""
-  return x @ w
+  x: Float[Array, 'B T *inputs'],
+  w: Float[Array, '...'],
+  inputs: int = 1,
+) -> Float[Array, 'B T *outputs']:
+  """x times w [*inputs, *outputs], summed over the `inputs` leading axes."""
+  return _linear(x, w, inputs)
 
 
-def _linear_backward(saved, g):
+def _linear(x, w, inputs):
+  contracted = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+  return jax.lax.dot_general(x, w, (contracted, ((), ())))
+
+
+def _linear_forward(x, w, inputs):
+  return _linear(x, w, inputs), (x, w)
+
+
+def _linear_backward(inputs, saved, g):
   x, w = saved
-  dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))
-  rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-  # On a CPU whatever makes `x` and `g` is finished first: fused into the dot's
-  # operand it would be computed in transposed order.
+  # Whatever makes these is finished first. Fused into the operand of a product,
+  # a CPU would compute it in transposed order and a TPU once for every tile.
+  x, g = jax.lax.optimization_barrier((x, g))
+  outputs = w.ndim - inputs
+  last = tuple(range(g.ndim - outputs, g.ndim))
+  over_outputs = last, tuple(range(inputs, w.ndim))
+  dx = jax.lax.dot_general(g, w, (over_outputs, ((), ())))
   dw = jax.lax.platform_dependent(
-    *rows,
-    cpu=lambda x, g: _outer(*jax.lax.optimization_barrier((x, g))),
-    default=_outer,
+    x, g, cpu=lambda x, g: _outer_flat(x, g, w.shape), default=_outer
   )
   return dx, dw.astype(w.dtype)
 
 
 def _outer(x, g):
-  """Sum over rows of x g^T, [D, F]."""
-  return jax.lax.dot_general(g, x, (((0,), (0,)), ((), ()))).T
+  """Sum over B and T of x g^T, [*inputs, *outputs]."""
+  return jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
 
 
-linear.defvjp(lambda x, w: (x @ w, (x, w)), _linear_backward)
+def _outer_flat(x, g, shape):
+  """`_outer` as one plain product, the larger side first."""
+  rows = x.shape[0] * x.shape[1]
+  x, g = x.reshape(rows, -1), g.reshape(rows, -1)
+  return jax.lax.dot_general(g, x, (((0,), (0,)), ((), ()))).T.reshape(shape)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 # So few rows that reading the weights is the cost.

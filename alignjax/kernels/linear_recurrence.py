@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from alignjax.core import placement
 from alignjax.core.types import UserError
 from alignjax.kernels import linear_recurrence_pallas as pallas
 
@@ -57,8 +59,28 @@ def linear_recurrence(
     return last[:, None], last
   if implementation == 'associative':
     return _associative(x, a, h0)
-  types = str(x.dtype), str(a.dtype)
-  return _recurrence(_Static(implementation, *types), x, a, h0)
+  static = _Static(implementation, str(x.dtype), str(a.dtype))
+  return _placed(functools.partial(_recurrence, static), x, a, h0)
+
+
+def _placed(recurrence, x, a, h0):
+  """On a mesh every chip sweeps its own rows and channels."""
+  mesh = placement.mesh()
+  if mesh is None:
+    return recurrence(x, a, h0)
+  rows, _, channels = placement.dividing(
+    (placement.ROWS, None, placement.HIDDEN), x.shape, mesh.shape
+  )
+  over, last = (
+    PartitionSpec(rows, None, channels),
+    PartitionSpec(rows, channels),
+  )
+  return jax.shard_map(
+    recurrence,
+    in_specs=(over, over, last),
+    out_specs=(over, last),
+    check_vma=False,
+  )(x, a, h0)
 
 
 class _Static(NamedTuple):

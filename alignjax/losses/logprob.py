@@ -42,11 +42,18 @@ def over_tokens(
   features = [part[2] for part in parts]
 
   def apply(features, arrays):
+    # Flat: one row per token is a layout in which both products of the backward
+    # pass read the gradient of the logits as it lies.
+    lead = arrays[0].shape
     logits = [
-      policy.head(weights, x)
+      policy.head(
+        weights,
+        jax.tree.map(lambda y: y.reshape(-1, *y.shape[len(lead) :]), x),
+      )
       for (policy, weights, _), x in zip(parts, features)
     ]
-    return fn(*logits, *arrays)
+    out = fn(*logits, *[x.reshape(-1) for x in arrays])
+    return jax.tree.map(lambda y: y.reshape(lead), out)
 
   length = arrays[0].shape[-1]
   if length <= chunk:

@@ -7,6 +7,7 @@ in numbers of the config only.
 from typing import Any
 
 import flax.linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from alignjax.kernels import attention_cached
@@ -74,7 +75,7 @@ class Attention(nn.Module):
       implementation=c.attention,
       **mask,
     )
-    return self._out(out), cache
+    return self._out(checkpoint_name(out, 'heads')), cache
 
   def _out(self, heads):
     c = self.config
@@ -102,4 +103,7 @@ class Attention(nn.Module):
       fraction=c.rope_fraction,
     )
     q = rope(q, position, **rotation) * c.query_scale
-    return q, rope(k, position, **rotation), v
+    k = rope(k, position, **rotation)
+    return tuple(
+      checkpoint_name(x, name) for name, x in (('q', q), ('k', k), ('v', v))
+    )

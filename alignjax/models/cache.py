@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignjax.core import placement
+
 LayerCache = dict[str, Any]
 
 # Where the slots are.
@@ -23,10 +25,14 @@ def empty(
   batch: int, slots: int, kv_heads: int, head_dim: int, dtype
 ) -> LayerCache:
   """A cache that holds nothing."""
+  rows, heads = placement.ROWS, placement.HEADS
+  k = jnp.zeros((batch, kv_heads, head_dim, slots), dtype)
+  v = jnp.zeros((batch, kv_heads, slots, head_dim), dtype)
+  position = jnp.full((batch, slots), -1, jnp.int32)
   return {
-    'k': jnp.zeros((batch, kv_heads, head_dim, slots), dtype),
-    'v': jnp.zeros((batch, kv_heads, slots, head_dim), dtype),
-    'position': jnp.full((batch, slots), -1, jnp.int32),
+    'k': placement.constrain(k, rows, heads),
+    'v': placement.constrain(v, rows, heads),
+    'position': placement.constrain(position, rows),
   }
 
 

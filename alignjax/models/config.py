@@ -13,7 +13,7 @@ KINDS = ('local', 'global', 'recurrent')
 # Field -> what it may hold.
 _CHOICES = {
   'dtype': ('float32', 'bfloat16'),
-  'remat': ('none', 'dots', 'full'),
+  'remat': ('none', 'products', 'outputs', 'full'),
   'init': ('normal', 'griffin'),
   'attention': ('auto', 'plain', 'chunked', 'splash'),
   'recurrence': ('auto', 'associative', 'linear', 'pallas'),
@@ -54,7 +54,8 @@ class Config:
     round_embed_scale: sqrt(D) is rounded to bfloat16 whatever the dtype.
     init: 'normal' draws every matrix at init_std, 'griffin' by fan-in.
     dtype: compute dtype of activations and of the weights while computing.
-    remat: what the backward pass recomputes: 'none', 'dots', 'full'.
+    remat: what the backward pass recomputes, from nothing to all but the
+      inputs of layers (`decoder.REMAT`).
     unroll: pattern groups per iteration of the training scan; more compiles
       longer and lets the compiler fuse across layers.
     attention, recurrence: implementation; 'auto' goes by platform and shape.

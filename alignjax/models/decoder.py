@@ -13,21 +13,28 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from alignjax.core import tree
+from alignjax.core import placement, tree
 from alignjax.core.types import Params
 from alignjax.kernels.dense import linear_turned, softcap
+from alignjax.kernels.embedding import lookup
 from alignjax.models import cache as caches
-from alignjax.models import recurrent
+from alignjax.models import recurrent, sharding
 from alignjax.models.attention import Attention
 from alignjax.models.config import Config
 from alignjax.models.layers import FeedForward, rms_norm
 
+_keep = jax.checkpoint_policies.save_only_these_names
+# What a layer keeps for its backward pass, from least to most memory: nothing
+# but its input; what its feed-forward returns, which saves the widest of its
+# products; every product; everything.
 REMAT = {
-  'none': None,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
+  'outputs': _keep('ffw'),
+  'products': _keep('q', 'k', 'v', 'heads', 'mixer', 'gate', 'up', 'ffw'),
+  'none': None,
 }
 
 
@@ -68,8 +75,10 @@ class Block(nn.Module):
       y = norm('pre_attn_norm', x)
       mixer = Attention(c, self.kind, self.turned, name='attn')
       y, cache = mixer(y, position, segment, block, cache, column)
+    y = checkpoint_name(y, 'mixer')
     x = x + (norm('post_attn_norm', y) if c.post_norm else y)
     y = FeedForward(c, self.turned, name='ffw')(norm('pre_ffw_norm', x))
+    y = checkpoint_name(y, 'ffw')
     return x + (norm('post_ffw_norm', y) if c.post_norm else y), cache
 
 
@@ -123,7 +132,7 @@ def cast(config: Config, params: Params) -> Params:
     exact = re.fullmatch(r'(.*/)?(\w+_norm|a_param)', name)
     return x if exact else x.astype(config.dtype)
 
-  return tree.map_named(leaf, params)
+  return sharding.stored(tree.map_named(leaf, params))
 
 
 def stacked(config: Config, params: Params) -> Params:
@@ -146,10 +155,11 @@ def turned(params: Params, *, single: bool = False) -> Params:
   names = TURNED_SINGLE if single else TURNED
 
   def turn(name, x):
-    if name.rpartition('/')[2] not in names:
-      return x
     inputs = tree.lookup(INPUTS, name, 'linear maps')
-    return jnp.moveaxis(x, range(inputs), range(-inputs, 0))
+    turned = name.rpartition('/')[2] in names
+    if turned:
+      x = jnp.moveaxis(x, range(inputs), range(-inputs, 0))
+    return sharding.decoding(name, x, inputs, turned)
 
   return tree.map_named(turn, canonical(params))
 
@@ -176,8 +186,9 @@ def features(
   period = len(config.pattern)
 
   def run(x, block_params, kind):
-    variables = {'params': block_params}
-    return Block(config, kind).apply(variables, x, position, segment, block)[0]
+    variables = {'params': sharding.gathered(block_params)}
+    x = Block(config, kind).apply(variables, x, position, segment, block)[0]
+    return placement.constrain(x, placement.ROWS, placement.COLUMNS)
 
   def group(x, group_params):
     for p, kind in enumerate(config.pattern):
@@ -185,14 +196,18 @@ def features(
     return x, None
 
   if config.remat != 'none':
-    policy = REMAT[config.remat]
-    group = jax.checkpoint(group, policy=policy, prevent_cse=False)
-    run = jax.checkpoint(run, policy=policy, static_argnums=2)
+    # Layer by layer: a checkpoint of the group around these would compute all
+    # but its last layer a third time.
+    run = jax.checkpoint(
+      run, policy=REMAT[config.remat], prevent_cse=False, static_argnums=2
+    )
   if 'groups' in params:
     x, _ = jax.lax.scan(group, x, params['groups'], unroll=config.unroll)
   for i in range(config.layers // period * period, config.layers):
     x = run(x, params[f'layer_{i}'], config.kind(i))
-  return rms_norm(x, params['final_norm'])
+  x = rms_norm(x, params['final_norm'])
+  # Rows go to where the vocabulary is, once; what they cause comes back.
+  return placement.moved(x, ('data',), (placement.ROWS, placement.COLUMNS))
 
 
 def layer(
@@ -218,6 +233,8 @@ def unembed(
 ) -> Float[Array, '... V']:
   """Float32 logits of features."""
   logits = linear_turned(x, params['embedding'], dtype=jnp.float32)
+  middle = [None] * (logits.ndim - 2)
+  logits = placement.constrain(logits, 'data', *middle, placement.VOCABULARY)
   if config.final_softcap is not None:
     logits = softcap(logits, config.final_softcap)
   return logits
@@ -303,4 +320,4 @@ def embed(
   factor = jnp.sqrt(jnp.float32(config.width))
   if config.round_embed_scale:
     factor = factor.astype(jnp.bfloat16)
-  return table[tokens] * factor.astype(table.dtype)
+  return lookup(table, tokens) * factor.astype(table.dtype)

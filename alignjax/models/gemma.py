@@ -1,4 +1,4 @@
-"""Gemma-shaped configurations and their sharding table.
+"""Gemma-shaped configurations.
 
 A generation is a set of habits (pattern, caps, norms); its sizes are arguments
 here and presets in `models/preset.py`. RecurrentGemma has a file of its own.
@@ -26,17 +26,6 @@ FAMILIES = {
     post_norm=True,
   ),
 }
-
-# Regex of a leaf (canonical, without the layer's number) -> mesh axis per
-# dimension. Stacked leaves get one unsharded axis in front.
-SHARDING = (
-  (r'(.*/)?embedding', ('tensor', 'fsdp')),
-  (r'.*/attn/[qkv]', ('fsdp', 'tensor', None)),
-  (r'.*/attn/o', ('tensor', None, 'fsdp')),
-  (r'.*/ffw/(gate|up)', ('fsdp', 'tensor')),
-  (r'.*/ffw/down', ('tensor', 'fsdp')),
-  (r'(.*/)?(final|pre_attn|post_attn|pre_ffw|post_ffw|q|k)_norm', (None,)),
-)
 
 
 def gemma(

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from alignjax.kernels.dense import geglu, linear, linear_turned
@@ -75,14 +76,13 @@ def project(
   which is how a decode step reads it fastest (`decoder.turned`).
   """
   inputs = x.shape[2:]
-  flat = x.reshape(*x.shape[:2], -1)
   if name in module.turned:  # pyright: ignore
     w = module.param(name, init, (*outputs, *inputs))
+    flat = x.reshape(*x.shape[:2], -1)
     out = linear_turned(flat, w.reshape(-1, flat.shape[-1]))
-  else:
-    w = module.param(name, init, (*inputs, *outputs))
-    out = linear(flat, w.reshape(flat.shape[-1], -1))
-  return out.reshape(*x.shape[:2], *outputs)
+    return out.reshape(*x.shape[:2], *outputs)
+  w = module.param(name, init, (*inputs, *outputs))
+  return linear(x, w, len(inputs))
 
 
 class FeedForward(nn.Module):
@@ -99,8 +99,8 @@ class FeedForward(nn.Module):
     c = self.config
     # Griffin draws gate and up as one array, whose leading 2 counts as fan-in.
     wide = normal(c, 2 * c.width)
-    gate = project(self, 'gate', x, wide, (c.hidden,))
-    up = project(self, 'up', x, wide, (c.hidden,))
+    gate = checkpoint_name(project(self, 'gate', x, wide, (c.hidden,)), 'gate')
+    up = checkpoint_name(project(self, 'up', x, wide, (c.hidden,)), 'up')
     if c.bias:
       zeros = nn.initializers.zeros
       gate += self.param('gate_bias', zeros, (c.hidden,))

@@ -1,4 +1,4 @@
-"""RecurrentGemma-shaped configurations and their rows of the sharding table.
+"""RecurrentGemma-shaped configurations.
 
 Griffin (arXiv 2402.19427) as released in arXiv 2404.07839: two recurrent
 layers, then one of local attention. Sizes are arguments here and presets in
@@ -6,21 +6,6 @@ layers, then one of local attention. Sizes are arguments here and presets in
 """
 
 from alignjax.models.config import Config
-
-# Regex of a leaf (canonical, without the layer's number) -> mesh axis per
-# dimension; what recurrent layers and biases add to the table of
-# `models/gemma.py`. Channels E split over 'tensor', and gates by block.
-SHARDING = (
-  (r'.*/recurrent/[xy]', ('fsdp', 'tensor')),
-  (r'.*/recurrent/out', ('tensor', 'fsdp')),
-  (r'.*/recurrent/conv', (None, 'tensor')),
-  (r'.*/recurrent/(input|a)_gate', ('tensor', 'fsdp', None)),
-  (r'.*/recurrent/(input|a)_gate_bias', ('tensor', None)),
-  (r'.*/recurrent/((x|y|conv)_bias|a_param)', ('tensor',)),
-  (r'.*/ffw/(gate|up)_bias', ('tensor',)),
-  (r'.*/(recurrent/out|attn/o|ffw/down)_bias', (None,)),
-  (r'(.*/)?pre_recurrent_norm', (None,)),
-)
 
 
 def recurrentgemma(

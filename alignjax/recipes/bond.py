@@ -23,6 +23,7 @@ from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
 from alignjax.policies.combine import tempered
 from alignjax.stages import arrange
+from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
 from alignjax.stages.score import names, reference, score, summary
 
@@ -38,6 +39,7 @@ def bond(
   quantile_floor: float | None = None,
   discrete_correction: bool = False,
   max_new_tokens: int = 64,
+  rollout_chunks: int = 1,
   temperature: float = 1.0,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
@@ -110,13 +112,16 @@ def bond(
     init={'policy': model.init, 'anchor': model.init},
     follow={'anchor': Follow('policy', move) if anchor_period else None},
     stages=(
-      rollout(
-        [(policy, 1), (anchor, n), (anchor, quantile_count)],
-        max_new_tokens=max_new_tokens,
-        stop=model.stop,
-        pad=model.pad,
+      overlap(
+        rollout(
+          [(policy, 1), (anchor, n), (anchor, quantile_count)],
+          max_new_tokens=max_new_tokens,
+          stop=model.stop,
+          pad=model.pad,
+        ),
+        score(reward),
+        chunks=rollout_chunks,
       ),
-      score(reward),
       reference(anchor, first=1),
       compare,
     ),

@@ -23,6 +23,7 @@ from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
 from alignjax.policies.combine import tempered
 from alignjax.stages import arrange
+from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
 from alignjax.stages.score import names, reference, score, summary
 
@@ -38,6 +39,7 @@ def jbond(
   ema_rate: float = 0.02,
   anchor_kl_coef: float = 0.0,
   max_new_tokens: int = 64,
+  rollout_chunks: int = 1,
   temperature: float = 1.0,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
@@ -90,13 +92,16 @@ def jbond(
       )
     },
     stages=(
-      rollout(
-        [(policy, 1), (anchor, 2)],
-        max_new_tokens=max_new_tokens,
-        stop=model.stop,
-        pad=model.pad,
+      overlap(
+        rollout(
+          [(policy, 1), (anchor, 2)],
+          max_new_tokens=max_new_tokens,
+          stop=model.stop,
+          pad=model.pad,
+        ),
+        score(reward),
+        chunks=rollout_chunks,
       ),
-      score(reward),
       reference(anchor, first=1),
       compare,
     ),

@@ -19,6 +19,7 @@ from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
 from alignjax.policies.combine import tempered
 from alignjax.stages import arrange
+from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
 from alignjax.stages.score import names, reference, score, summary
 
@@ -31,6 +32,7 @@ def warp(
   ema_rate: float = 0.01,
   response_count: int = 2,
   max_new_tokens: int = 64,
+  rollout_chunks: int = 1,
   temperature: float = 0.9,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
@@ -64,13 +66,16 @@ def warp(
       )
     },
     stages=(
-      rollout(
-        [(policy, response_count)],
-        max_new_tokens=max_new_tokens,
-        stop=model.stop,
-        pad=model.pad,
+      overlap(
+        rollout(
+          [(policy, response_count)],
+          max_new_tokens=max_new_tokens,
+          stop=model.stop,
+          pad=model.pad,
+        ),
+        score(reward),
+        chunks=rollout_chunks,
       ),
-      score(reward),
       reference(anchor),
       returns,
     ),

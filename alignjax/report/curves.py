@@ -124,14 +124,19 @@ def _facts(runs: Sequence[Run]) -> str:
   ]
   if spent:
     each = ' each' if len(runs) > 1 else ''
-    out.append(f'{_duration(sum(spent) / len(spent))} in steps{each}')
+    out.append(f'{duration(sum(spent) / len(spent))} in steps{each}')
   return ' · '.join(out)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """Seconds as people say them: 0.31 s, 42 s, 3.5 min, 2.2 h."""
+  if 0 < seconds < 10:
+    return f'{seconds:.2g} s'
   if not math.isfinite(seconds) or seconds < 120:
     return f'{seconds:.0f} s'
-  return f'{seconds / 60:.1f} min'
+  if seconds < 7200:
+    return f'{seconds / 60:.1f} min'
+  return f'{seconds / 3600:.1f} h'
 
 
 def _panel(

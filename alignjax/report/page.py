@@ -1,8 +1,9 @@
 """The page: one offline HTML file from work directories.
 
-Puts findings, front, table, curves, samples and configs in order and writes
-them at once. It needs no network and no script: a content security policy in
-the file itself forbids both, and the bytes depend on the inputs alone.
+Puts findings, front, table, curves, time, samples and configs in order and
+writes them at once. It needs no network and no script: a content security
+policy in the file itself forbids both, and the bytes depend on the inputs
+alone.
 """
 
 import os
@@ -16,6 +17,7 @@ from alignjax.core import files
 from alignjax.report import findings
 from alignjax.report.curves import curves_html
 from alignjax.report.front import front_svg, sweep
+from alignjax.report.goodput import goodput_html
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
 from alignjax.report.tables import models_html
@@ -64,6 +66,8 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
       'faint line is what was logged, the number is where the mean ends.'
     )
     sections.append(_section('Training curves', f'<p>{note}</p>{curves}'))
+  if goodput := goodput_html(what.runs):
+    sections.append(_section('Where the time went', goodput))
   for name, evaluation in what.evaluations.items():
     if samples := samples_html(evaluation):
       heading = f' <small>{visible(name)}</small>' if several else ''
@@ -206,8 +210,8 @@ def _notes(what: Found) -> str:
     )
   if any('seconds' in r.timing for r in what.runs):
     notes.append(
-      'Times leave out start-up, compilation before the first logged step as '
-      'far as the job did not log it, and whatever ran between jobs.'
+      'Speeds and times in steps leave out start-up and compilation, and '
+      'whatever ran between jobs.'
     )
   items = ''.join(f'<li>{escape(n)}</li>' for n in notes)
   return f'<ul class="notes">{items}</ul>'

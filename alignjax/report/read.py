@@ -36,12 +36,16 @@ class Run(NamedTuple):
     name: the job, as people call it.
     group: runs of one group differ in a trailing number or letter only.
     metrics, timing: key -> Series, from the files of those names.
+    spent: seconds by name of the ledger in timing.jsonl, all starts together.
+    lost_steps: steps that were done again.
   """
 
   name: str
   group: str
   metrics: Mapping[str, Series]
   timing: Mapping[str, Series]
+  spent: Mapping[str, float] = {}
+  lost_steps: int = 0
 
   @property
   def steps(self) -> int:
@@ -193,13 +197,41 @@ def _run(folder: Path, name: str, full: str) -> Run | None:
   metrics = _series(rows(folder / 'metrics.jsonl'))
   if not metrics:
     return None
-  timing = folder / 'timing.jsonl'
+  path = folder / 'timing.jsonl'
+  timing = rows(path) if path.is_file() else []
   return Run(
     full,
     re.sub(r'(?<=\w)([_-]?\d+|[_-][a-z])$', '', name),
     metrics,
-    _series(rows(timing)) if timing.is_file() else {},
+    _series(timing),
+    _spent(path, timing),
+    _lost_steps(path, timing),
   )
+
+
+def _spent(path: Path, records: list[dict[str, Any]]) -> dict[str, float]:
+  out: dict[str, float] = {}
+  for row in records:
+    spent = row.get('spent', {})
+    if not isinstance(spent, dict) or not all(map(_finite, spent.values())):
+      raise UserError(
+        f'{path}: "spent" of step {row["step"]} must map names to finite '
+        f'seconds; found {spent!r}.'
+      )
+    for name, seconds in spent.items():
+      out[name] = out.get(name, 0.0) + seconds
+  return out
+
+
+def _lost_steps(path: Path, records: list[dict[str, Any]]) -> int:
+  steps = 0
+  for lost in (row['lost'] for row in records if 'lost' in row):
+    if not isinstance(lost, dict) or not isinstance(lost.get('steps'), int):
+      raise UserError(
+        f'{path}: "lost" must have a whole number of "steps"; found {lost!r}.'
+      )
+    steps += lost['steps']
+  return steps
 
 
 def _documents(folder: Path, files: set[str], name: str, out: dict[str, str]):
@@ -214,7 +246,10 @@ def _documents(folder: Path, files: set[str], name: str, out: dict[str, str]):
 
 def _series(records: list[dict[str, Any]]) -> dict[str, Series]:
   # A resumed run may log a step twice; what was written last is what counts.
-  by_step = {row['step']: row for row in records}
+  # The ledger has rows of its own, with other keys.
+  by_step: dict[int, dict[str, Any]] = {}
+  for row in records:
+    by_step.setdefault(row['step'], {}).update(row)
   points: dict[str, dict[int, float]] = {}
   for step in sorted(by_step):
     for key, value in by_step[step].items():

@@ -346,4 +346,5 @@ def python_code(tokenizer: Text, *, min_tokens: int = 12) -> Reward:
     )
 
   reward.names = ('score', *INDICATORS)
+  reward.host = True
   return reward

@@ -1,9 +1,11 @@
 """Numbers about responses: rewards, reference log-probabilities, summaries."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignjax.core.types import (
   Batch,
@@ -13,18 +15,49 @@ from alignjax.core.types import (
   Policy,
   Reward,
   Stage,
+  UserError,
 )
 from alignjax.losses.logprob import token_logp
+from alignjax.system import rows
+
+HOST_FIELDS = ('id', 'prompt', 'response', 'mask')
 
 
 def score(reward: Reward) -> Stage:
-  """A stage that writes rewards [B, N, K] and reward = rewards[..., 0]."""
+  """A stage that writes rewards [B, N, K] and reward = rewards[..., 0].
+
+  A reward that says `host = True` gets NumPy arrays of the rows that this
+  process owns, and answers for those; its answers become a global array.
+
+  Raises:
+    UserError: one that does not say so reads what other hosts hold.
+  """
+  scored = _on_host(reward) if getattr(reward, 'host', False) else reward
 
   def stage(bundle, batch, key):
-    rewards = reward(bundle, batch, key)
+    try:
+      rewards = scored(bundle, batch, key)
+    except RuntimeError as error:
+      if 'non-addressable' not in str(error):
+        raise
+      raise UserError(
+        'the reward reads arrays that other hosts hold; if it runs on the host,'
+        ' let it say so: `reward.host = True`'
+      ) from error
     return batch | {'rewards': rewards, 'reward': rewards[..., 0]}
 
   return stage
+
+
+def _on_host(reward: Reward) -> Reward:
+  """`reward` of the rows that this process owns, as an array of all rows."""
+
+  def scored(bundle, batch, key):
+    mine: Any = rows.to_host(batch, HOST_FIELDS)
+    values = np.asarray(reward(bundle, mine, key))
+    return rows.from_host(values, batch['response'])
+
+  return scored
 
 
 def reference(policy: Policy, *, first: int | None = None) -> Stage:

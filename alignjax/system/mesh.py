@@ -1,44 +1,77 @@
 """Meshes, and path tables that say where every leaf lives on one.
 
 A table maps leaf names (regex, first match wins, an unmatched leaf is an
-error) to one mesh axis or None per dimension. Axes that the mesh does not have
-count as None, so one table serves a laptop and a pod.
+error) to mesh axes per dimension: one, several, or None. Axes that the mesh
+does not have count as None, so one table serves a laptop and a pod.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alignjax.core import tree
+from alignjax.core import placement, tree
 from alignjax.core.types import UserError
 
 AXES = ('data', 'fsdp', 'tensor', 'seq', 'expert')
-Table = Sequence[tuple[str, tuple[str | None, ...]]]
+Table = Sequence[tuple[str, placement.Spec]]
 REPLICATED: Table = (('.*', ()),)
 
 
-def make(axes: Mapping[str, int]) -> Mesh:
-  """A mesh over all devices; one axis may be -1 and takes what is left."""
+def make(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over `devices` (all by default); one axis may be -1: what is left.
+
+  Slices of a multi-slice system, whose network is slow, lie along the first
+  axis, which must be a multiple of their number.
+  """
   if unknown := [name for name in axes if name not in AXES]:
     raise UserError(f'mesh: no axis {unknown[0]!r}; known axes: {list(AXES)}')
-  devices = jax.device_count()
+  devices = list(jax.devices() if devices is None else devices)
   sizes = dict(axes) or {'data': -1}
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
-  if len(free) > 1 or devices % known or (not free and known != devices):
+  fits = known > 0 and len(devices) % known == 0
+  if len(free) > 1 or not fits or (not free and known != len(devices)):
     raise UserError(
-      f'mesh: {dict(axes)} does not fill the {devices} devices present'
+      f'mesh: {dict(axes)} does not fill the {len(devices)} devices present'
     )
   for name in free:
-    sizes[name] = devices // known
+    sizes[name] = len(devices) // known
   # Auto: the compiler propagates shardings from the few that we pin.
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    axis_types=(AxisType.Auto,) * len(sizes),
+  types = (AxisType.Auto,) * len(sizes)
+  return Mesh(_arranged(sizes, devices), tuple(sizes), axis_types=types)
+
+
+def current(mesh: Mesh | None) -> Any:
+  """A context in which `core.placement` sees `mesh`."""
+  return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _arranged(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
+  """Devices along the axes, near ones where most is sent."""
+  shape = tuple(sizes.values())
+  slices = len({getattr(d, 'slice_index', 0) or 0 for d in devices})
+  if devices[0].platform != 'tpu':
+    return np.array(devices).reshape(shape)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  name, first = next(iter(sizes.items()))
+  if first % slices:
+    raise UserError(
+      f'mesh axis {name} of size {first} is no multiple of the {slices} slices'
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (first // slices, *shape[1:]),
+    (slices, *[1] * (len(shape) - 1)),
+    devices,
+    allow_split_physical_axes=True,
   )
 
 
@@ -46,7 +79,12 @@ def shardings(pytree: Any, table: Table, mesh: Mesh) -> Any:
   """NamedSharding for every leaf of a pytree of arrays or shapes.
 
   The table speaks of canonical names; leaves of stacked groups carry one more
-  axis in front, which stays whole. Scalars are replicated.
+  axis in front, which stays whole. What 'fsdp' splits, 'data' splits further
+  where it divides: nothing is stored twice. Scalars are replicated.
+
+  Raises:
+    UserError: no rule for a leaf, a rule of another rank, an axis used twice,
+      or one that does not divide a dimension.
   """
   canonical = tree.canonical_names(pytree)
 
@@ -60,16 +98,31 @@ def shardings(pytree: Any, table: Table, mesh: Mesh) -> Any:
       raise UserError(
         f'sharding table: {name} has shape {x.shape} but its rule {spec}'
       )
-    spec = tuple(axis if axis in mesh.shape else None for axis in spec)
-    for size, axis in zip(x.shape, spec):
-      if axis is not None and size % mesh.shape[axis]:
+    spec = placement.present(spec, x.shape, mesh.shape)
+    used = [axis for entry in spec for axis in placement.names(entry)]
+    if len(set(used)) < len(used):
+      raise UserError(f'sharding table: {name} uses an axis twice in {spec}')
+    for size, entry in zip(x.shape, spec):
+      if size % (count := placement.ways(entry, mesh.shape)):
         raise UserError(
-          f'mesh axis {axis} of size {mesh.shape[axis]} does not divide '
-          f'{name} of shape {x.shape}'
+          f'mesh axis {"+".join(placement.names(entry))} of size {count} does '
+          f'not divide {name} of shape {x.shape}'
         )
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, PartitionSpec(*_spread(spec, x.shape, mesh)))
 
   return tree.map_named(leaf, pytree)
+
+
+def _spread(spec: placement.Spec, shape, mesh: Mesh) -> placement.Spec:
+  """`spec` with 'data' behind 'fsdp', if the mesh has both and it divides."""
+  out = []
+  for entry, size in zip(spec, shape):
+    axes = placement.names(entry)
+    if 'fsdp' in axes and mesh.shape.get('data', 1) > 1:
+      wide = (*axes, 'data')
+      axes = axes if size % placement.ways(wide, mesh.shape) else wide
+    out.append(axes or None)
+  return tuple(out)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -17,12 +17,18 @@ import jax
 
 from alignjax.core import files
 from alignjax.core.types import Metrics, UserError
+from alignjax.system.ledger import Ledger
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-  """Adds one line. A killed process loses at most the line it was writing."""
+  """Adds one line. A killed process loses at most the line it was writing.
+
+  Of several processes the first writes, here and in `cut`.
+  """
+  if jax.process_index():
+    return
   with open(path, 'a', encoding='utf-8') as file:
-    file.write(json.dumps(_plain(row)) + '\n')
+    file.write(json.dumps(plain(row)) + '\n')
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -38,16 +44,31 @@ def read(path: Path) -> list[dict[str, Any]]:
   return rows
 
 
-def cut(path: Path, step: int) -> None:
-  """Drops what was written after `step`, atomically."""
-  rows = [row for row in read(path) if row['step'] <= step]
-  files.write(path, ''.join(json.dumps(row) + '\n' for row in rows))
+def cut(
+  path: Path,
+  step: int,
+  account: Callable[[list[dict[str, Any]], int], dict[str, Any] | None]
+  | None = None,
+) -> None:
+  """Drops what was written after `step`, atomically.
+
+  `account(dropped, step)` may give a row to be written in its place.
+  """
+  if jax.process_index():
+    return
+  rows = read(path)
+  kept = [row for row in rows if row['step'] <= step]
+  dropped = [row for row in rows if row['step'] > step]
+  if account and (row := account(dropped, step)):
+    kept.append(row)
+  files.write(path, ''.join(json.dumps(row) + '\n' for row in kept))
 
 
 def recorder(
   workdir: Path,
   advance: Callable,
   *,
+  book: Ledger,
   last: int,
   log_every: int,
   max_bad_steps: int,
@@ -56,16 +77,18 @@ def recorder(
 
   A step is looked at when the next one has been dispatched, so that the device
   never waits for the host. Writes a row of metrics.jsonl and timing.jsonl each
-  `log_every` steps and for the `last`.
+  `log_every` steps and for the `last`; the latter with the seconds by name from
+  `book`. Starting and compiling are no part of its `seconds`.
 
   Raises UserError when `skipped` reaches `max_bad_steps`.
   """
-  pending, tokens, since = None, 0, time.monotonic()
+  pending, tokens = None, 0
   while True:
     item = yield
     if pending is not None:
       step, metrics, count = jax.device_get(pending)
       tokens += int(count)
+      book.fold()
       row = {name: metric.number for name, metric in metrics.items()}
       if row['skipped'] >= max_bad_steps:
         raise UserError(
@@ -75,12 +98,15 @@ def recorder(
         )
       if step % log_every == 0 or step == last:
         append(workdir / 'metrics.jsonl', {'step': int(step), **row})
-        seconds = time.monotonic() - since
-        timing = {'step': int(step), 'seconds': seconds, 'tokens': tokens}
+        spent = book.take()
+        begun = spent.get('startup', 0.0) + spent.get('compile', 0.0)
+        seconds = max(sum(spent.values()) - begun, 1e-9)
         rate = tokens / seconds
-        append(workdir / 'timing.jsonl', timing | {'tokens_per_s': rate})
+        timing = {'step': int(step), 'seconds': seconds, 'tokens': tokens}
+        timing |= {'tokens_per_s': rate, 'spent': spent}
+        append(workdir / 'timing.jsonl', timing)
         advance(int(step), f'{_headline(row)} {rate:,.0f} tok/s')
-        tokens, since = 0, time.monotonic()
+        tokens = 0
     pending = item
 
 
@@ -95,6 +121,9 @@ def progress(label: str, total: int, start: int = 0) -> Iterator[Callable]:
 
   On a terminal a live bar; elsewhere a line every ten seconds.
   """
+  if jax.process_index():
+    yield lambda done, text='': None
+    return
   if not sys.stderr.isatty():
     yield _plain_progress(label, total, start)
     return
@@ -139,7 +168,7 @@ def _plain_progress(label: str, total: int, start: int) -> Callable:
   return advance
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def plain(row: dict[str, Any]) -> dict[str, Any]:
   """JSON has no NaN: a value that is not finite is written as a string."""
   return {
     k: str(v) if isinstance(v, float) and not math.isfinite(v) else v

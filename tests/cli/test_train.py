@@ -1,14 +1,14 @@
-"""The real `alignjax train`: killed at any moment, it continues bit for bit."""
+"""The real `alignjax train`: damage, full disks, bad input, replay.
+
+Kills are in tests/chaos.
+"""
 
 import json
 import os
-import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,7 @@ def settings(text, method, **changes):
     'save_every': 2,
     'keep': 3,
     'max_bad_steps': 3,
+    'verify_every': 0,
     'optimizer': defaults('system', 'optimizer', warmup_steps=2),
     'start': {},
   }
@@ -129,58 +130,9 @@ def same_results(a: Path, b: Path):
     assert sums[0] == sums[1]
 
 
-@pytest.mark.parametrize('method', ['sft', 'jbond', 'warp', 'bond'])
-def test_kill_9_at_any_moment(method, text, tmp_path):
-  """Kills between and inside steps, stages and saves; nothing is different."""
-  file = write(tmp_path / 'c.json', settings(text, method))
-  whole = tmp_path / 'whole'
-  done = go(file, whole)
-  assert done.returncode == 0, done.stderr
-  # Killed in three lives, later each time; the fourth may finish.
-  killed = tmp_path / 'killed'
-  rng = random.Random(method)
-  kills = 0
-  for _ in range(3):
-    process = subprocess.Popen(
-      command(file, killed), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    begun = _lines(killed)
-    # Once it makes steps, any moment: a step here takes milliseconds.
-    deadline = time.monotonic() + 120
-    while _lines(killed) <= begun and process.poll() is None:
-      assert time.monotonic() < deadline
-      time.sleep(0.002)
-    time.sleep(rng.random() * 0.2)
-    process.kill()
-    kills += process.wait() == -signal.SIGKILL
-  assert kills >= 1
-  done = go(file, killed)
-  assert done.returncode == 0, done.stderr
-  same_results(killed, whole)
-
-
 def _lines(workdir: Path) -> int:
   file = workdir / 'metrics.jsonl'
   return len(file.read_bytes().splitlines()) if file.exists() else 0
-
-
-def test_sigterm_saves_and_exits_75(text, tmp_path):
-  config = settings(text, 'jbond', save_every=1000)
-  file = write(tmp_path / 'c.json', config)
-  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
-  assert go(file, whole).returncode == 0
-  for number in (signal.SIGTERM, signal.SIGINT):
-    process = subprocess.Popen(
-      command(file, stopped), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    begun = _lines(stopped)
-    while _lines(stopped) <= begun and process.poll() is None:
-      time.sleep(0.002)
-    process.send_signal(number)
-    assert process.wait(60) in (console.INTERRUPTED, console.OK)
-    assert list((stopped / 'checkpoints').glob('[0-9]*'))
-  assert go(file, stopped).returncode == 0
-  same_results(stopped, whole)
 
 
 @pytest.fixture(scope='module')
@@ -234,15 +186,54 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_used(
     for part in (steps[-1] / 'state').rglob('*'):
       if part.is_file():
         part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-  before = (workdir / 'metrics.jsonl').read_bytes()
-  refused = go(file, workdir)
-  assert refused.returncode == 2
-  assert 'checkpoint 12' in refused.stderr and '--fallback' in refused.stderr
-  assert 'Traceback' not in refused.stderr
-  assert (workdir / 'metrics.jsonl').read_bytes() == before
-  allowed = go(file, workdir, '--fallback')
-  assert allowed.returncode == 0, allowed.stderr
+  again = go(file, workdir)
+  assert again.returncode == 0, again.stderr
+  said = [line for line in again.stderr.splitlines() if 'damaged' in line]
+  assert len(said) == 1 and 'Traceback' not in again.stderr
+  assert said[0].startswith(
+    f'checkpoint 12 in {workdir}/checkpoints is damaged'
+  )
+  assert said[0].endswith('; the run continues from checkpoint 10')
   same_results(workdir, done)
+
+
+def test_no_whole_checkpoint_is_an_error(finished, tmp_path):
+  file, done = finished
+  workdir = tmp_path / 'w'
+  shutil.copytree(done, workdir)
+  for step in (workdir / 'checkpoints').glob('[0-9]*'):
+    damage(step)
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  with pytest.raises(UserError, match='every checkpoint in .* is damaged'):
+    verb.main([f'--config={file}', f'--workdir={workdir}'])
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_replay(finished, tmp_path):
+  file, done = finished
+  words = [f'--config={file}', f'--workdir={done}']
+  # In processes of their own: here are more devices than the run had.
+  again = go(file, done, '--replay', '11')
+  assert again.returncode == console.OK, again.stderr
+  same = 'step 11, from checkpoint 10: the same metrics, bit for bit\n'
+  assert again.stdout == same
+  with pytest.raises(
+    UserError, match=r'before step 5 remains .* are \[8, 10, '
+  ):
+    verb.main([*words, '--replay=5'])
+  with pytest.raises(UserError, match=f'no run at {tmp_path}'):
+    verb.main([words[0], f'--workdir={tmp_path}', '--replay=5'])
+  workdir = tmp_path / 'w'
+  shutil.copytree(done, workdir)
+  text = (workdir / 'metrics.jsonl').read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  rows[-1]['nll'] += 1
+  lines = ''.join(json.dumps(row) + '\n' for row in rows)
+  (workdir / 'metrics.jsonl').write_text(lines)
+  again = go(file, workdir, '--replay=12')
+  assert again.returncode == 1, again.stderr
+  start = 'step 12, from checkpoint 10: different: nll '
+  assert again.stdout.startswith(start)
 
 
 def test_a_write_that_fails_leaves_the_checkpoints_before_it(text, tmp_path):

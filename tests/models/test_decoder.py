@@ -65,7 +65,7 @@ def test_local_layers_keep_a_ring_and_global_ones_everything():
   assert {layer['position'].shape[1] for layer in short['layers']} == {5}
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('remat', ['products', 'outputs', 'full'])
 def test_remat_changes_nothing(remat):
   config, params, tokens = setup(layers=5)
   import dataclasses

@@ -8,8 +8,9 @@ import pytest
 
 from alignjax.core import lookup, tree
 from alignjax.core.types import UserError
-from alignjax.models import decoder, gemma, preset
+from alignjax.models import decoder, preset
 from alignjax.models.config import from_json, to_json
+from alignjax.models.sharding import TABLE
 
 # name: layers, width, heads, kv_heads, head_dim, hidden, rows, global layers,
 # window, query scale, rope base and scale of global layers
@@ -156,10 +157,12 @@ def test_a_config_takes_a_preset_by_name():
     preset.preset(shape='gema3-12b')
 
 
-@pytest.mark.parametrize('name', ['gemma2-2b', 'gemma3-27b'])
-def test_gemmas_sharding_table_names_every_leaf(name):
+@pytest.mark.parametrize(
+  'name', ['gemma2-2b', 'gemma3-27b', 'recurrentgemma-2b']
+)
+def test_the_sharding_table_names_every_leaf(name):
   for leaf, spec in leaves_of(name).items():
-    axes = tree.lookup(gemma.SHARDING, leaf, 'SHARDING')
+    axes = tree.lookup(TABLE, leaf, 'TABLE')
     assert len(axes) == len(spec.shape)
 
 

@@ -103,7 +103,9 @@ def write_run(folder: Path, steps: int, seed: int, keys, every: int = 1):
     speed = 21000 + rng.gauss(0, 700)
     timing.append(
       {'step': step, 'seconds': 0.4, 'tokens': 8192, 'tokens_per_s': speed}
+      | {'spent': {'step': 0.3, 'rollout': 0.08, 'data': 0.02}}
     )
+  timing[0]['spent'] |= {'startup': 3.0, 'compile': 9.0}
   for name, some in (('metrics', rows), ('timing', timing)):
     text = ''.join(json.dumps(r) + '\n' for r in some)
     (folder / f'{name}.jsonl').write_text(text)

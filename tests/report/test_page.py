@@ -67,8 +67,12 @@ def test_sections_come_in_order(page):
   _, lines, text, _ = page
   assert len(lines) == 3
   order = ['<h1>quickstart', 'class="findings"', 'What alignment gains']
-  order += ['All models', 'Training curves', 'Completions side by side']
-  order += ['<h2>Configs', 'How the numbers are computed']
+  order += ['All models', 'Training curves', 'Where the time went']
+  order += [
+    'Completions side by side',
+    '<h2>Configs',
+    'How the numbers are computed',
+  ]
   places = [text.index(o) for o in order]
   assert places == sorted(places)
   assert '128 held-out prompts' in text and 'pretrain (600 steps)' in text
