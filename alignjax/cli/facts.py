@@ -198,7 +198,8 @@ def _checkpoint(step: Path) -> Facts:
   file = step / 'meta' / 'metadata'
   try:
     meta = json.loads(file.read_text('utf-8'))
-    version, names = meta['format'], set(meta['checksums'])
+    version = meta['format']
+    names = set(meta['facts']['leaves']) if version == FORMAT else set()
   except (ValueError, KeyError, TypeError):
     raise UserError(f'{file} is not the record of a checkpoint') from None
   if version != FORMAT:

@@ -112,7 +112,7 @@ def bond(
     init={'policy': model.init, 'anchor': model.init},
     follow={'anchor': Follow('policy', move) if anchor_period else None},
     stages=(
-      overlap(
+      *overlap(
         rollout(
           [(policy, 1), (anchor, n), (anchor, quantile_count)],
           max_new_tokens=max_new_tokens,

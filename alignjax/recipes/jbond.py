@@ -92,7 +92,7 @@ def jbond(
       )
     },
     stages=(
-      overlap(
+      *overlap(
         rollout(
           [(policy, 1), (anchor, 2)],
           max_new_tokens=max_new_tokens,

@@ -66,7 +66,7 @@ def warp(
       )
     },
     stages=(
-      overlap(
+      *overlap(
         rollout(
           [(policy, response_count)],
           max_new_tokens=max_new_tokens,

@@ -16,13 +16,13 @@ from alignjax.core.types import Batch, Stage, UserError
 from alignjax.system import ledger
 
 
-def overlap(draw: Stage, score: Stage, *, chunks: int) -> Stage:
-  """A stage that does `draw`, then `score`, on `chunks` parts of the rows.
+def overlap(draw: Stage, score: Stage, *, chunks: int) -> tuple[Stage, ...]:
+  """`draw`, then `score`, on `chunks` parts of the rows; one chunk is both.
 
   Both keep the rows of B and treat each by itself, with randomness from its
-  `id`; then the batch does not depend on `chunks`. Chunk m is rows m::chunks,
-  as a contiguous split of a sharded batch would move data. `draw` gets the
-  stage's key, `score` fold_in(key, 1).
+  `id`; the batch does not depend on `chunks`, unless `score` draws, which gets
+  another key in chunks. Chunk m is rows m::chunks, as a contiguous split of a
+  sharded batch would move data.
 
   Raises:
     UserError: `chunks` is not positive or does not divide the rows. An error
@@ -32,6 +32,9 @@ def overlap(draw: Stage, score: Stage, *, chunks: int) -> Stage:
     raise UserError(
       f'recipe.rollout_chunks: found {chunks}, expected 1 or more'
     )
+
+  if chunks == 1:
+    return draw, score
 
   def stage(bundle, batch, key):
     parts = []
@@ -47,7 +50,7 @@ def overlap(draw: Stage, score: Stage, *, chunks: int) -> Stage:
       ledger.watch('score', scored[-1])
     return join(scored)
 
-  return stage
+  return (stage,)
 
 
 def split(batch: Batch, chunks: int) -> list[Batch]:
@@ -58,12 +61,12 @@ def split(batch: Batch, chunks: int) -> list[Batch]:
       f'recipe.rollout_chunks = {chunks} does not divide the {rows} rows of a '
       'batch'
     )
-  return [batch] if chunks == 1 else _split(batch, chunks)
+  return _split(batch, chunks)
 
 
 def join(parts: list[Batch]) -> Batch:
   """The batch that `split` made `parts` of."""
-  return parts[0] if len(parts) == 1 else _join(parts)
+  return _join(parts)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -1,7 +1,7 @@
 """RecurrentGemma 2B, supervised fine-tuning on packed rows of 4096 tokens.
 
-COMMAND: alignjax plan --config=configs/plan/recurrentgemma_2b.py \
-  --topology v6e:4x4
+COMMAND: alignjax plan --config=configs/plan/recurrentgemma_2b.py
+         --topology v6e:4x4
 """
 
 from configs.plan.common import sft

@@ -168,7 +168,7 @@ def test_a_training_run(tmp_path, capsys):
   assert len(found(capsys, 'run/checkpoints/4')['checkpoints']) == 1
   record = tmp_path / 'run' / 'checkpoints' / '4' / 'meta' / 'metadata'
   meta = json.loads(record.read_text())
-  meta['checksums']['params/policy/lost'] = '0'
+  meta['facts']['leaves']['params/policy/lost'] = [[2], '0']
   record.write_text(json.dumps(meta))
   with pytest.raises(UserError, match='4 is damaged.*params/policy/lost'):
     inspect.main(['run'])
