@@ -18,7 +18,7 @@ from alignjax.core import placement
 def lookup(
   table: Float[Array, 'V D'], ids: Int[Array, 'B T']
 ) -> Float[Array, 'B T D']:
-  """table[ids]."""
+  """table[ids], for ids in 0..V-1."""
   mesh = placement.mesh()
   if mesh is None:
     return table[ids]

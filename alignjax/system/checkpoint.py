@@ -83,9 +83,10 @@ def _check_space(directory: epath.Path, size: int) -> None:
   if '://' in str(directory):
     return
   free = shutil.disk_usage(directory).free
-  if jax.process_count() > 1:  # one answer for all
-    free = int(multihost_utils.broadcast_one_to_all(np.int64(free)))
-  if free < size:
+  full = free < size
+  if jax.process_count() > 1:  # all stop if one has no room
+    full = bool(np.any(multihost_utils.process_allgather(np.bool_(full))))
+  if full:
     raise OSError(f'{size:,} bytes are needed and {free:,} are free')
 
 

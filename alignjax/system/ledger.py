@@ -121,6 +121,7 @@ class Ledger:
         self._compiled.append((now - duration_secs, now, 'compile'))
 
 
+_JOIN_S = 10.0
 _OPEN: ContextVar[Ledger | None] = ContextVar('ledger', default=None)
 
 
@@ -140,6 +141,9 @@ def keep(
     _OPEN.reset(token)
     jax.monitoring.unregister_event_duration_listener(book._compile)
     book._queue.put(None)
+    # A thread that is inside XLA when the interpreter ends aborts the process.
+    # It waits for work in flight only, but that of a lost host never comes.
+    thread.join(_JOIN_S)
 
 
 @contextmanager

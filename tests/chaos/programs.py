@@ -141,7 +141,8 @@ def kill(
     if there() and (kind not in ('save', 'reward') or _held(process, there)):
       process.send_signal(signal.SIGTERM if kind == 'term' else signal.SIGKILL)
       code = process.wait(LIMIT_S)
-      assert code in (-signal.SIGKILL, 75, 0), code
+      said = (trace / 'stderr.txt').read_text()[-3000:]
+      assert code in (-signal.SIGKILL, 75, 0), (code, said)
       return code != 0
     time.sleep(0.001)
   assert process.returncode == 0, (trace / 'stderr.txt').read_text()[-3000:]
