@@ -47,7 +47,7 @@ setup(
   ],
   extras_require={
     'tpu': ['jax[tpu]'],
-    'plan': ['libtpu'],
+    'plan': ['jax[tpu]'],  # with the libtpu that this jaxlib can read
     'test': TEST,
   },
   entry_points={'console_scripts': ['alignjax = alignjax.cli.__main__:main']},

@@ -91,6 +91,8 @@ def init_state(
       shapes,
       places,
     )
+  # Each chip gets its part of what the host holds, never the whole.
+  given = meshes.put(given, meshes.shardings(given, table, mesh))
   with meshes.current(mesh):
     return jax.jit(build, out_shardings=places)(given)
 

@@ -121,6 +121,19 @@ def test_masters_are_stored_once():
       assert leaf.addressable_shards[0].data.size * 4 == leaf.size, leaf.shape
 
 
+def test_weights_of_the_host_arrive_in_parts():
+  mesh = meshes.make({'data': 2, 'fsdp': 2})
+  recipe, tx = sft(model('gemma2')), optimizer(10)
+  weights = jax.device_get(tiny.bundle(model('gemma2'), 'policy'))
+  parts = meshes.put(weights, meshes.shardings(weights, TABLE, mesh))
+  state = init_state(recipe, tx, 0, start=weights, mesh=mesh, table=TABLE)
+  for found in (parts, state.params):
+    jax.tree.map(np.testing.assert_array_equal, found, weights)
+  for leaf in jax.tree.leaves(parts):
+    if leaf.ndim > 1 and leaf.shape[0] > 1:
+      assert leaf.addressable_shards[0].data.size * 4 == leaf.size, leaf.shape
+
+
 def test_what_a_mesh_cannot_do_is_said():
   with pytest.raises(UserError, match="no axis 'model'"):
     meshes.make({'model': 4})

@@ -125,6 +125,16 @@ def _spread(spec: placement.Spec, shape, mesh: Mesh) -> placement.Spec:
   return tuple(out)
 
 
+def put(pytree: Any, places: Any) -> Any:
+  """Arrays that every host holds, each device with its own part only."""
+
+  def leaf(x, place):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, x.__getitem__)
+
+  return jax.tree.map(leaf, pytree, places)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
   """Sharding of batch fields: B over the data-like axes."""
   axes = tuple(a for a in ('data', 'fsdp') if a in mesh.shape)

@@ -7,4 +7,4 @@ from configs.plan.common import sft
 
 
 def get_config():
-  return sft('gemma3-27b', rows=64, mesh={'data': 4, 'fsdp': 16, 'tensor': 1})
+  return sft('gemma3-27b', rows=64, mesh={'data': 2, 'fsdp': 32, 'tensor': 1})
