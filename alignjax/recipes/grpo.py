@@ -94,20 +94,18 @@ def grpo(
   temperature: float = 1.0,
 ) -> Recipe:
   """GRPO; equation 3. Raises UserError for numbers out of range."""
+  clip = dict(clip_low=clip_low, clip_high=clip_high)
   arrange.check_choice('mean_over', mean_over, tuple(MEANS))
   arrange.check_choice('ratio_of', ratio_of, tuple(RATIOS))
+  arrange.check_ratios(
+    kl_coef=kl_coef, updates=updates, temperature=temperature, **clip
+  )
   arrange.check_numbers(
-    kl_coef=(kl_coef, 0, math.inf),
     response_count=(response_count, 2, math.inf),  # a group of one is flat
-    clip_low=(clip_low, 1e-6, 1),
-    clip_high=(clip_high, 1e-6, math.inf),
-    updates=(updates, 1, math.inf),
-    temperature=(temperature, 1e-6, math.inf),
   )
   policy = tempered(model.policy('policy'), temperature)
   fixed = tempered(model.policy('reference'), temperature)
   mean, ratio = MEANS[mean_over], RATIOS[ratio_of]
-  clip = dict(clip_low=clip_low, clip_high=clip_high)
 
   @jax.jit
   def compare(bundle, batch, key):

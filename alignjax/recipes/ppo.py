@@ -50,22 +50,20 @@ def ppo(
   temperature: float = 1.0,
 ) -> Recipe:
   """PPO; equations 7 and 9. Raises UserError for numbers out of range."""
+  clip = dict(clip_low=clip_low, clip_high=clip_high)
+  arrange.check_ratios(
+    kl_coef=kl_coef, updates=updates, temperature=temperature, **clip
+  )
   arrange.check_numbers(
-    kl_coef=(kl_coef, 0, math.inf),
     gamma=(gamma, 0, 1),
     gae_lambda=(gae_lambda, 0, 1),
-    clip_low=(clip_low, 1e-6, 1),
-    clip_high=(clip_high, 1e-6, math.inf),
     clip_value=(clip_value, 1e-6, math.inf),
     value_coef=(value_coef, 0, math.inf),
     response_count=(response_count, 1, math.inf),
-    updates=(updates, 1, math.inf),
-    temperature=(temperature, 1e-6, math.inf),
   )
   policy = tempered(model.policy('policy'), temperature)
   fixed = tempered(model.policy('reference'), temperature)
   scalar = model.scalar('value')
-  clip = dict(clip_low=clip_low, clip_high=clip_high)
 
   @jax.jit
   def estimate(bundle, batch, key):
@@ -93,12 +91,7 @@ def ppo(
       value, batch['value'], batch['returns'], clip_value=clip_value
     )
     metrics = score.summary(
-      batch,
-      logp,
-      entropy,
-      names=score.names(reward),
-      kl='kl',
-      updates=updates,
+      batch, logp, entropy, names=score.names(reward), kl='kl', updates=updates
     )
     far = clipped(log_ratio, batch['advantage'], **clip)
     return {

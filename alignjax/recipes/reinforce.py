@@ -46,20 +46,18 @@ def reinforce(
   temperature: float = 1.0,
 ) -> Recipe:
   """RLOO; equations 8 and 9. Raises UserError for numbers out of range."""
+  clip = dict(clip_low=clip_low, clip_high=clip_high)
   arrange.check_choice('kl_in', kl_in, ('reward', 'loss'))
+  arrange.check_ratios(
+    kl_coef=kl_coef, updates=updates, temperature=temperature, **clip
+  )
   arrange.check_numbers(
-    kl_coef=(kl_coef, 0, math.inf),
     response_count=(response_count, 2, math.inf),  # a response needs others
-    clip_low=(clip_low, 1e-6, 1),
-    clip_high=(clip_high, 1e-6, math.inf),
-    updates=(updates, 1, math.inf),
-    temperature=(temperature, 1e-6, math.inf),
   )
   policy = tempered(model.policy('policy'), temperature)
   fixed = tempered(model.policy('reference'), temperature)
   in_reward = kl_coef if kl_in == 'reward' else 0.0
   in_loss = kl_coef if kl_in == 'loss' else 0.0
-  clip = dict(clip_low=clip_low, clip_high=clip_high)
 
   @jax.jit
   def returns(bundle, batch, key):

@@ -70,3 +70,21 @@ def check_numbers(**fields: tuple[float, float, float]) -> None:
       if most < math.inf:
         bounds = f'a number from {least:g} to {most:g}'
       raise UserError(f'recipe.{name}: found {found:g}, expected {bounds}')
+
+
+def check_ratios(
+  *,
+  kl_coef: float,
+  clip_low: float,
+  clip_high: float,
+  updates: int,
+  temperature: float,
+) -> None:
+  """UserError unless what every recipe with clipped ratios has makes sense."""
+  check_numbers(
+    kl_coef=(kl_coef, 0, math.inf),
+    clip_low=(clip_low, 1e-6, 1),
+    clip_high=(clip_high, 1e-6, math.inf),
+    updates=(updates, 1, math.inf),
+    temperature=(temperature, 1e-6, math.inf),
+  )
