@@ -62,7 +62,6 @@ def ppo(
     response_count=(response_count, 1, math.inf),
   )
   policy = tempered(model.policy('policy'), temperature)
-  fixed = tempered(model.policy('reference'), temperature)
   scalar = model.scalar('value')
 
   @jax.jit
@@ -106,11 +105,8 @@ def ppo(
 
   return Recipe(
     objective=objective,
-    init={
-      'policy': model.init,
-      'reference': model.init,
-      'value': model.scalar_init,
-    },
+    init={'policy': model.init, 'reference': model.init}
+    | {'value': model.scalar_init},
     follow={'reference': None},
     stages=(
       *overlap(
@@ -123,7 +119,7 @@ def ppo(
         score.score(reward),
         chunks=rollout_chunks,
       ),
-      score.reference(fixed),
+      score.reference(tempered(model.policy('reference'), temperature)),
       score.values(scalar),
       estimate,
     ),
