@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax.core.types import Batch, Model, Params, Reward
-from alignjax.losses.calibration import best_of_n_kl
+from alignjax.losses.calibration import best_of_n_chance, best_of_n_kl
 from alignjax.losses.divergence import kl
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens
 from alignjax.policies.combine import tempered
@@ -168,6 +168,7 @@ def compare(
     'entropy': interval(found.entropy),
     'log_quantile': interval(np.log(quantile)),
     'win_rate': interval(wins.sum(-1) / count),
+    'inference_win_rates': inference_win_rates(found, reference),
     'logprob_gap': float(found.logprob_gap),
     'indicators': {
       name: float(found.rewards[..., i].mean())
@@ -175,6 +176,29 @@ def compare(
       if i > 0
     },
   }
+
+
+def inference_win_rates(
+  found: Responses, reference: Responses
+) -> dict[str, dict[str, float]]:
+  """How often the best (worst) of n beats the best (worst) of n reference's.
+
+  'best_of_2', 'worst_of_2', ... for n = 2, 4, ... as far as both models' N
+  reach: InfAlign's inference-time win rate (arXiv 2412.19792, equation 2),
+  unbiased over subsets where the models differ; ties win by half.
+  """
+  mine = np.sort(found.rewards[..., 0].astype(np.float64), axis=1)
+  theirs = np.sort(reference.rewards[..., 0].astype(np.float64), axis=1)
+  left, right = mine[:, :, None], theirs[:, None, :]
+  wins = (left > right) + 0.5 * (left == right)  # [P, N, N of the reference]
+  out, n = {}, 2
+  while n <= min(mine.shape[1], theirs.shape[1]):
+    a, b = (best_of_n_chance(x.shape[1], n) for x in (mine, theirs))
+    for name, p, q in (('best', a, b), ('worst', a[::-1], b[::-1])):
+      rate = np.einsum('pij,i,j->p', wins, p, q)
+      out[f'{name}_of_{n}'] = interval(rate[:, None])
+    n *= 2
+  return out
 
 
 def best_of_n(reference: Responses) -> list[dict[str, Any]]:
@@ -187,16 +211,8 @@ def best_of_n(reference: Responses) -> list[dict[str, Any]]:
   count = ordered.shape[1]
   rows, n = [], 1
   while n <= count:
-    # P(rank i is the maximum of n of them) = C(i, n - 1) / C(count, n).
-    chance = np.array([_choose(i, n - 1) for i in range(count)], np.float64)
-    best = (ordered * (chance / chance.sum())).sum(axis=1, keepdims=True)
+    chance = best_of_n_chance(count, n)
+    best = (ordered * chance).sum(axis=1, keepdims=True)
     rows.append({'n': n, 'kl': best_of_n_kl(n), 'reward': interval(best)})
     n *= 2
   return rows
-
-
-def _choose(n: int, k: int) -> int:
-  out = 1
-  for i in range(k):
-    out = out * (n - i) // (i + 1)
-  return max(out, 0)

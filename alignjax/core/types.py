@@ -19,6 +19,7 @@ objectives or condition weights, T positions. `seq_*` means summed over tokens.
   advantage   f32   [B, N, R]  what multiplies grad log pi
   rewards     f32   [B, N, K]  every score; named by the reward's `names`
   reward      f32   [B, N]     the one number that is optimised: rewards[..., 0]
+  ref_reward  f32   [B, M]     rewards of M reference responses, made before
   weight      f32   [B, N]     weight of a response in the loss
   condition   f32   [B, K]     mixing weights of a conditioned policy
   tokens      int32 [B, T]     a plain sequence
@@ -45,7 +46,8 @@ Cache = Any
 
 BATCH_FIELDS = frozenset(
   'id prompt uncond response mask sample_logp ref_logp value advantage rewards'
-  ' reward weight condition tokens loss_mask segment position'.split()
+  ' reward ref_reward weight condition tokens loss_mask segment'
+  ' position'.split()
 )
 
 

@@ -33,7 +33,9 @@ _keep = jax.checkpoint_policies.save_only_these_names
 REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'outputs': _keep('ffw'),
-  'products': _keep('q', 'k', 'v', 'heads', 'mixer', 'gate', 'up', 'ffw'),
+  'products': _keep(
+    *('q', 'k', 'v', 'kernel', 'heads', 'mixer', 'gate', 'up', 'ffw')
+  ),
   'none': None,
 }
 
