@@ -33,6 +33,13 @@ GOLDEN = {
     'reward': 0.5,
   },
   'distill': {'grad_norm': 0.209069, 'loss/kl': 0.335489, 'nll': 5.66469},
+  'infalign': {
+    'calibrated': 0.554688,
+    'entropy': 5.39156,
+    'grad_norm': 2.77496,
+    'loss/policy_gradient': 0.103595,
+    'reward': 0.5625,
+  },
   'jbond': {
     'entropy': 5.38641,
     'grad_norm': 23.3716,
@@ -65,7 +72,8 @@ def build(name):
 
 def batch_for(recipe):
   if recipe.stages:
-    return tiny.batch(4)
+    ref_reward = jnp.linspace(0.0, 1.0, 8) * jnp.ones((4, 1))
+    return tiny.batch(4) | {'ref_reward': ref_reward}
   return jax.tree.map(jnp.asarray, text_source(batch_size=4).batch(0))
 
 

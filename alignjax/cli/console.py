@@ -12,6 +12,7 @@ VERBS = {
   'run': 'run the job graph of a config on this machine',
   'train': 'one training run',
   'sample': 'text from a model, or a conversation with it',
+  'calibrate': 'rewards of reference responses, for recipes that need them',
   'evaluate': 'reward, KL, win rate and diversity of models',
   'merge': 'merge the weights of models',
   'plan': 'what a run needs on a TPU slice, without a TPU',
