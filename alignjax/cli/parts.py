@@ -111,6 +111,20 @@ def opened(path: str, config: Config, what: str) -> Opened:
   return found
 
 
+def check_start(config: Mapping[str, str], recipe: Recipe) -> None:
+  """UserError for a fixed role of which nobody said where it comes from.
+
+  Weights that are never trained and come from no file would be noise. '' says
+  that this is meant.
+  """
+  for role, follow in recipe.follow.items():
+    if follow is None and role not in config:
+      raise UserError(
+        f'start.{role}: the recipe never trains this role, so say what it is: '
+        "a model's path, '@policy' for a copy of the start"
+      )
+
+
 def start(
   config: Mapping[str, str], decoder_config: Config
 ) -> tuple[dict[str, Any], dict[str, str]]:

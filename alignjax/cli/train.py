@@ -105,6 +105,7 @@ def _train(config, workdir: Path, step: int | None) -> int:
   shape = parts.model_config(config, tokens)
   model = parts.language_model(shape, tokens)
   recipe = parts.recipe(config, model, tokens)
+  parts.check_start(config.start, recipe)
   schedule = train.Schedule(
     **{name: config[name] for name in train.Schedule._fields if name in config}
   )

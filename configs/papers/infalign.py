@@ -31,11 +31,11 @@ def get_config(variant: str = '') -> ConfigDict:
   c.policy = ''
   c.batch_size = 8 if tiny else 32
   c.recipe.temperature = 0.8
-  c.source.max_bytes = 20_000 if tiny else 400_000
+  c.source.max_bytes = 1_000_000 if tiny else 2_000_000
   c.responses = 4 if tiny else 32  # for calibration, of each prompt
   c.kl_coefs = (0.1,) if tiny else (0.05, 0.2)
   c.seeds = 1 if tiny else 3
-  c.prompts = 16 if tiny else 256
+  c.prompts = 8 if tiny else 256
   return c
 
 
@@ -44,7 +44,7 @@ def jobs(c: ConfigDict):
   shared = {
     'tokenizer': c.tokenizer,
     'model': c.model.to_dict(),
-    'start': {'policy': c.policy},
+    'start': {'policy': c.policy, 'reference': '@policy'},
     'reward': c.reward.to_dict(),
   }
   drawn = {
@@ -107,7 +107,7 @@ def jobs(c: ConfigDict):
       'prompts': c.prompts,
       'responses': 8,
       'reference_responses': 8,
-      'batch_size': 16 if c.prompts < 32 else 32,
+      'batch_size': min(c.prompts, 32),
       'samples': 4,
       'models': models,
       'reference': 'init',

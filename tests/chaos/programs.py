@@ -60,7 +60,7 @@ def settings(text, method, **changes):
     'max_bad_steps': 3,
     'verify_every': 5,
     'optimizer': defaults('system', 'optimizer', warmup_steps=2),
-    'start': {},
+    'start': {'teacher': ''} if method == 'distill' else {},
   }
   if method in ('sft', 'distill'):
     config['recipe'] = defaults('recipes', method)
