@@ -20,7 +20,7 @@ from alignjax.core.lookup import defaults
 from tests.chaos import parts
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 180
+LIMIT_S = 600
 GRAPH = ('pretrain', 'align_1', 'align_2', 'slerp')
 NAMES = ('sft', 'distill', 'jbond', 'warp', 'run')
 
