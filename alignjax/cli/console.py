@@ -13,6 +13,7 @@ VERBS = {
   'train': 'one training run',
   'sample': 'text from a model, or a conversation with it',
   'evaluate': 'reward, KL, win rate and diversity of models',
+  'teach': 'write down what a teacher says about the rows of a source',
   'merge': 'merge the weights of models',
   'plan': 'what a run needs on a TPU slice, without a TPU',
   'convert': 'rewrite a model in another format, with a certificate',

@@ -114,7 +114,7 @@ def _train(config, workdir: Path, step: int | None) -> int:
   source = lookup.build(
     'data', config.source, tokens, config.batch_size, schedule.seed
   )
-  origins, digests = parts.start(config.start, shape)
+  origins, digests = parts.start(config, shape, tokens)
 
   if step is None:
     workdir.mkdir(parents=True, exist_ok=True)
