@@ -67,7 +67,7 @@ def teacher_config(config: ConfigDict, tokens: Any) -> Config:
   own file or `teacher.tokenizer`, must be the run's: ids are compared. Rows of
   its embedding beyond the tokenizer are no tokens.
   """
-  section = config.get('teacher') or {}
+  section = _teacher(config)
   path = section.get('path')
   if not path:
     return model_config(config, tokens)
@@ -80,7 +80,7 @@ def teacher_config(config: ConfigDict, tokens: Any) -> Config:
   # A plan may stand in for a tokenizer that is not here.
   if isinstance(tokens, Tokenizer | ByteTokenizer):
     file = section.get('tokenizer') or found.tokenizer or ''
-    if fingerprint(tokenizer(file)) != fingerprint(tokens):
+    if fingerprint(tokenizer(str(file))) != fingerprint(tokens):
       raise UserError(
         f'teacher.path: {path} has another tokenizer '
         f'({file or "no file, so bytes"}) than the run '
@@ -88,6 +88,11 @@ def teacher_config(config: ConfigDict, tokens: Any) -> Config:
         'without its tokenizer file set teacher.tokenizer'
       )
   return found.config
+
+
+def _teacher(config: ConfigDict) -> dict[str, Any]:
+  section: Any = config.get('teacher')
+  return dict(section or {})
 
 
 def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
@@ -151,7 +156,7 @@ def start(
   but the teacher at `teacher.path` is of its own.
   """
   begin = {role: origin for role, origin in config.start.items() if origin}
-  teacher = (config.get('teacher') or {}).get('path')
+  teacher = _teacher(config).get('path')
   if teacher and 'teacher' in begin:
     raise UserError(
       f'start.teacher = {begin["teacher"]!r} and teacher.path = {teacher!r}: '

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     raise UserError(
       f'--shard_rows: found {arguments.shard_rows}, expected >= 1'
     )
-  recipe = config.get('recipe') or {}
+  recipe: Any = config.get('recipe') or {}
   if 'draw_seed' not in recipe or 'k' not in recipe:
     raise UserError(
       f'recipe: {recipe.get("name")!r} says no targets, k and draw_seed; '
