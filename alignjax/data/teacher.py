@@ -122,11 +122,16 @@ def recorded(
   for shard in range(_shards(facts)):
     begin = shard * facts['shard_rows']
     there = _shard(folder, shard)
-    count = _reader(there).num_records() if there.is_file() else 0
-    if count < min(facts['shard_rows'], facts['rows'] - begin):
+    if not there.is_file():
       raise UserError(
-        f'{folder}: no record of row {begin + count}; the same '
-        '`alignjax teach` goes on where it stopped'
+        f'{folder}: no record of row {begin}; the same `alignjax teach` goes '
+        'on where it stopped'
+      )
+    expected = min(facts['shard_rows'], facts['rows'] - begin)
+    if (count := _reader(there).num_records()) != expected:
+      raise UserError(
+        f'{there}: damaged, {count} whole records of {expected}; remove it and '
+        'start the same `alignjax teach` again'
       )
   return Recorded(source, folder, facts)
 
