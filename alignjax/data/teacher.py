@@ -111,14 +111,8 @@ def recorded(
   """
   source = lookup.build('data', rows, tokenizer, batch_size, seed)
   folder = Path(path)
-  file = folder / FACTS
-  if not path or not file.is_file():
-    raise UserError(
-      f"source.path: no teacher's records at {path!r} (no {FACTS}); "
-      '`alignjax teach` writes them'
-    )
-  facts = _facts(file)
-  _refuse(file, facts, _expected(source, tokenizer))
+  facts = read_facts(folder)
+  _refuse(folder / FACTS, facts, _expected(source, tokenizer))
   for shard in range(_shards(facts)):
     begin = shard * facts['shard_rows']
     there = _shard(folder, shard)
@@ -134,6 +128,29 @@ def recorded(
         'start the same `alignjax teach` again'
       )
   return Recorded(source, folder, facts)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+  """What the records in a folder say about themselves; no record is read.
+
+  Raises UserError if there are none, or none that are sound.
+  """
+  file = folder / FACTS
+  if not file.is_file():
+    raise UserError(
+      f"source.path: no teacher's records at {str(folder)!r} (no {FACTS}); "
+      '`alignjax teach` writes them'
+    )
+  try:
+    facts = json.loads(file.read_text('utf-8'))
+  except (OSError, ValueError) as error:
+    raise UserError(f'{file}: not JSON ({error})') from error
+  numbers = ('k', 'rows', 'shard_rows')
+  if not isinstance(facts, dict) or facts.get('format') != FORMAT:
+    raise UserError(f"{file}: not a teacher's records of format {FORMAT}")
+  if not all(isinstance(facts.get(name), int) for name in numbers):
+    raise UserError(f'{file}: expected numbers {list(numbers)}')
+  return facts
 
 
 def write(
@@ -165,7 +182,7 @@ def write(
   facts |= {'format': FORMAT, 'shard_rows': shard_rows}
   file = path / FACTS
   if file.is_file():
-    _refuse(file, _facts(file), facts)
+    _refuse(file, read_facts(path), facts)
   elif path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f'{path} exists and has no {FACTS}, so it is left alone')
   else:
@@ -226,19 +243,6 @@ def _refuse(file: Path, found: Mapping, expected: Mapping) -> None:
         f'{file}: these records have {name} = {found.get(name)!r}, expected '
         f'{value!r}'
       )
-
-
-def _facts(file: Path) -> dict[str, Any]:
-  try:
-    facts = json.loads(file.read_text('utf-8'))
-  except (OSError, ValueError) as error:
-    raise UserError(f'{file}: not JSON ({error})') from error
-  numbers = ('k', 'rows', 'shard_rows')
-  if not isinstance(facts, dict) or facts.get('format') != FORMAT:
-    raise UserError(f"{file}: not a teacher's records of format {FORMAT}")
-  if not all(isinstance(facts.get(name), int) for name in numbers):
-    raise UserError(f'{file}: expected numbers {list(numbers)}')
-  return facts
 
 
 def _shards(facts: Mapping[str, Any]) -> int:

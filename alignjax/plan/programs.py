@@ -8,6 +8,7 @@ compiles nothing.
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from alignjax import train
 from alignjax.core.types import Batch, Recipe, TrainState, UserError
+from alignjax.data.teacher import read_facts
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.step import init_state
@@ -126,7 +128,8 @@ def source_batch(section: Mapping[str, Any], rows: int) -> dict[str, Any]:
   """Shapes of a batch as the `source` section would give it.
 
   Packed rows for a source with a `length`, prompts for one with
-  `prompt_tokens`; UserError for others, whose shapes only their data tells.
+  `prompt_tokens`, a teacher's records for the `rows` that they belong to;
+  UserError for others, whose shapes only their data tells.
   """
 
   def field(dtype, *shape):
@@ -139,6 +142,15 @@ def source_batch(section: Mapping[str, Any], rows: int) -> dict[str, Any]:
     fields['loss_mask'] = field(jnp.bool_, length)
   elif 'prompt_tokens' in section:
     fields = {'prompt': field(jnp.int32, section['prompt_tokens'])}
+    if width := section.get('response_tokens'):
+      fields['response'] = field(jnp.int32, 1, width)
+      fields['mask'] = field(jnp.bool_, 1, width)
+  elif section['name'] == 'teacher.recorded':
+    fields = source_batch(section['rows'], rows)
+    length = fields['tokens'].shape[1]
+    k = read_facts(Path(section['path']))['k']
+    fields['teacher_ids'] = field(jnp.int32, length - 1, k)
+    fields['teacher_probs'] = field(jnp.float32, length - 1, k)
   else:
     raise UserError(
       f'source {section["name"]!r} says neither `length` nor `prompt_tokens`, '

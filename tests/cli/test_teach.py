@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from alignjax.cli import config as configs
-from alignjax.cli import console, teach, train
+from alignjax.cli import console, parts, teach, train
 from alignjax.core.lookup import defaults
 from alignjax.core.types import UserError
 from alignjax.data import tokenizer as tokenizers
@@ -71,7 +71,7 @@ def settings(where, **changes):
       'data', 'sources.text', path=str(where / 'text'), length=32, part='all'
     ),
     'optimizer': defaults('system', 'optimizer', warmup_steps=2),
-    'mesh': {'data': 1},
+    'mesh': {'data': -1},
     'seed': 3,
     'steps': 4,
     'batch_size': 4,
@@ -97,15 +97,7 @@ def rows_of(workdir: Path):
   return [json.loads(line) for line in lines]
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, 'devices', lambda *_: devices)
-
-
-def test_a_run_from_disk_is_the_run_with_the_teacher(
-  where, tmp_path, one_device
-):
+def test_a_run_from_disk_is_the_run_with_the_teacher(where, tmp_path):
   config = settings(where)
   assert run(train, tmp_path, config, 'online') == console.OK
   assert run(teach, tmp_path, config, 'records', '--shard_rows=16') == 0
@@ -132,7 +124,7 @@ def test_a_run_from_disk_is_the_run_with_the_teacher(
   assert set(start) == {'policy', 'teacher'}
 
 
-def test_gkd_by_command(where, tmp_path, one_device):
+def test_gkd_by_command(where, tmp_path):
   config = settings(
     where,
     recipe=defaults('recipes', 'gkd', max_new_tokens=6, on_policy=0.5),
@@ -177,7 +169,7 @@ def test_killed_writing_goes_on(where, tmp_path):
 
 
 def test_a_teacher_with_another_tokenizer(where, tmp_path):
-  other = model(tmp_path / 'other', where / 'tokenizer.model', vocab_size=400)
+  other = model(tmp_path / 'other', where / 'tokenizer.model', vocab_size=500)
   config = settings(where, teacher={'path': str(other), 'tokenizer': ''})
   with pytest.raises(UserError, match='has another tokenizer') as error:
     run(train, tmp_path, config, 'run')
@@ -188,17 +180,15 @@ def test_a_teacher_with_another_tokenizer(where, tmp_path):
   # The same words under another file name are the same tokenizer.
   named = tmp_path / 'named.model'
   named.write_bytes((where / 'tokenizer.model').read_bytes())
-  from alignjax.cli import parts
-
   tokens = parts.tokenizer(str(named))
   config = configs.from_json(json.dumps(config))
-  assert parts.teacher_config(config, tokens).vocab_size == 400
-  bare = model(tmp_path / 'bare', vocab_size=400)
+  assert parts.teacher_config(config, tokens).vocab_size == 500
+  bare = model(tmp_path / 'bare', vocab_size=500)
   config.teacher.path = str(bare)
   with pytest.raises(UserError, match=r'no file, so bytes\).* teacher.tok'):
     parts.teacher_config(config, tokens)
   config.teacher.tokenizer = str(where / 'tokenizer.model')
-  assert parts.teacher_config(config, tokens).vocab_size == 400
+  assert parts.teacher_config(config, tokens).vocab_size == 500
 
 
 @pytest.mark.parametrize(
