@@ -165,14 +165,11 @@ def prompts(
   By default a prompt is the beginning of a piece of a document, cut at a line
   end (in a piece of one line, between words) so that something is left to
   write. With `whole` the text of a row or file is the prompt, and one that
-  does not fit is an error. With `response_tokens` the text that follows, cut to
-  so many tokens, is the row's response.
+  does not fit is an error. With `response_tokens` the row's response is what
+  follows, cut to so many tokens.
   """
   if whole and response_tokens:
-    raise UserError(
-      'source.response_tokens: nothing follows a whole text; set source.whole '
-      'to false'
-    )
+    raise UserError('source.response_tokens: nothing follows a whole text')
   budget = prompt_tokens - 1
   if whole:
     found = texts.documents(
