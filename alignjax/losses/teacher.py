@@ -9,7 +9,7 @@ and a teacher's logits exist for one chunk of positions only.
             missing from every target, and the head has its mass.
   counts    k draws with replacement, each of mass 1 / k. Unbiased for any k.
   distinct  the distinct ones of k such draws, p renormalised over them.
-            Biased to the head; the bias goes as k covers the mass.
+            Biased to the head for k > 1; the bias goes as k covers the mass.
 
 Of Gemma 3's "256 logits per token, weighted by teacher probabilities" (arXiv
 2503.19786, section 2.2), `distinct` is the literal reading and `counts` the one

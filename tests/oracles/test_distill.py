@@ -221,8 +221,8 @@ def test_exact_optimum_of_draws(p, k):
 
 
 def test_the_bias_of_distinct_draws_goes_and_that_of_top_k_stays():
-  far = [np.abs(distinct(P, k) - P).max() for k in (2, 4, 8, 16, 64)]
-  assert far == sorted(far, reverse=True) and far[-1] < 0.01
+  far = [np.abs(distinct(P, k) - P).max() for k in (4, 8, 16, 32)]
+  assert far == sorted(far, reverse=True) and far[-1] < 0.02
   assert np.abs(head(P, 3) - P).max() > 0.03
   # A single draw has mass 1 either way, and so no bias.
   np.testing.assert_allclose(distinct(P, 1), P)
