@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.core.types import Batch, Model, Params, Reward
-from alignjax.losses.calibration import best_of_n_kl
+from alignjax.core.types import Batch, Model, Params, Reward, UserError
+from alignjax.losses.calibration import best_of_n_chance, best_of_n_kl
 from alignjax.losses.divergence import kl
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens
 from alignjax.policies.combine import tempered
@@ -135,6 +135,69 @@ def responses(
   return Responses(logprob_gap=gap, **joined)
 
 
+def sampler(
+  model: Model, *, count: int, max_new_tokens: int, temperature: float
+) -> Callable[[Mapping[str, Params], Batch, Any], dict[str, Any]]:
+  """A jitted (bundle, batch, key) -> response and mask [B, N, R] of 'policy'.
+
+  A prompt's responses depend on the key and its id, not on its batch.
+  """
+  policy = tempered(model.policy('policy'), temperature)
+
+  @jax.jit
+  def write(bundle, batch, key):
+    drawn = sample(
+      policy,
+      policy.view(bundle, batch),
+      batch,
+      key,
+      count=count,
+      max_new_tokens=max_new_tokens,
+      stop=model.stop,
+      pad=model.pad,
+    )
+    return {name: drawn[name] for name in ('response', 'mask')}
+
+  return write
+
+
+def reference_rewards(
+  write: Callable,
+  bundle: Mapping[str, Params],
+  source: Any,
+  reward: Reward,
+  key,
+  *,
+  into: np.ndarray,
+  advance: Callable[[int, str], None] = lambda done, text: None,
+) -> None:
+  """Rewards of `write`'s responses to every row of a source, ascending.
+
+  `into` [rows, N] takes them as they come; only its rows of NaN are computed,
+  `source.batch_size` prompts at a time. An array on disk therefore goes on
+  where it was left.
+
+  Raises UserError for a reward that is no finite number, with its prompt.
+  """
+  waiting = np.flatnonzero(np.isnan(into).any(axis=1))
+  size = source.batch_size
+  for begin in range(0, len(waiting), size):
+    ids = waiting[begin : begin + size]
+    batch = source.rows(np.resize(ids, size))  # of one shape
+    batch |= write(bundle, batch, key)
+    scores = np.asarray(reward(bundle, batch, key))[: len(ids), :, 0]
+    if not np.isfinite(scores).all():
+      row = ids[np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]]
+      prompt = source.records([row])[0].get('prompt', '')
+      raise UserError(
+        f'the reward of a response to prompt {row} is not a finite number: '
+        f'{prompt[:200]!r}'
+      )
+    into[ids] = np.sort(scores, axis=1)
+    done = len(into) - len(waiting) + begin + len(ids)
+    advance(done, f'reward {scores.mean():.3f}')
+
+
 def interval(values: np.ndarray) -> dict[str, float]:
   """Mean of [P, N] and its normal 95% interval over the P prompts."""
   per_prompt = values.astype(np.float64).mean(axis=1)
@@ -168,6 +231,7 @@ def compare(
     'entropy': interval(found.entropy),
     'log_quantile': interval(np.log(quantile)),
     'win_rate': interval(wins.sum(-1) / count),
+    **inference_win_rates(found, reference),
     'logprob_gap': float(found.logprob_gap),
     'indicators': {
       name: float(found.rewards[..., i].mean())
@@ -175,6 +239,29 @@ def compare(
       if i > 0
     },
   }
+
+
+def inference_win_rates(
+  found: Responses, reference: Responses
+) -> dict[str, dict[str, float]]:
+  """How often the best (worst) of n beats the best (worst) of n reference's.
+
+  'best_of_2', 'worst_of_2', ... for n = 2, 4, ... as far as both models' N
+  reach: InfAlign's inference-time win rate (arXiv 2412.19792, equation 2),
+  unbiased over subsets where the models differ; ties win by half.
+  """
+  mine = np.sort(found.rewards[..., 0].astype(np.float64), axis=1)
+  theirs = np.sort(reference.rewards[..., 0].astype(np.float64), axis=1)
+  left, right = mine[:, :, None], theirs[:, None, :]
+  wins = (left > right) + 0.5 * (left == right)  # [P, N, N of the reference]
+  out, n = {}, 2
+  while n <= min(mine.shape[1], theirs.shape[1]):
+    a, b = (best_of_n_chance(x.shape[1], n) for x in (mine, theirs))
+    for name, p, q in (('best', a, b), ('worst', a[::-1], b[::-1])):
+      rate = np.einsum('pij,i,j->p', wins, p, q)
+      out[f'{name}_of_{n}'] = interval(rate[:, None])
+    n *= 2
+  return out
 
 
 def best_of_n(reference: Responses) -> list[dict[str, Any]]:
@@ -187,16 +274,8 @@ def best_of_n(reference: Responses) -> list[dict[str, Any]]:
   count = ordered.shape[1]
   rows, n = [], 1
   while n <= count:
-    # P(rank i is the maximum of n of them) = C(i, n - 1) / C(count, n).
-    chance = np.array([_choose(i, n - 1) for i in range(count)], np.float64)
-    best = (ordered * (chance / chance.sum())).sum(axis=1, keepdims=True)
+    chance = best_of_n_chance(count, n)
+    best = (ordered * chance).sum(axis=1, keepdims=True)
     rows.append({'n': n, 'kl': best_of_n_kl(n), 'reward': interval(best)})
     n *= 2
   return rows
-
-
-def _choose(n: int, k: int) -> int:
-  out = 1
-  for i in range(k):
-    out = out * (n - i) // (i + 1)
-  return max(out, 0)

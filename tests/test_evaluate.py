@@ -77,6 +77,26 @@ def test_comparison_counts_ties_by_half_and_leaves_oneself_out():
   )
 
 
+def test_inference_time_win_rates_average_over_subsets():
+  rng = np.random.default_rng(0)
+  mine = rng.integers(0, 5, (3, 6)).astype(np.float32)
+  theirs = rng.integers(0, 5, (3, 5)).astype(np.float32)
+  rates = evaluate.inference_win_rates(responses(mine), responses(theirs))
+  assert sorted(rates) == ['best_of_2', 'best_of_4', 'worst_of_2', 'worst_of_4']
+  for name, found in rates.items():
+    pick = max if name.startswith('best') else min
+    n = int(name[-1])
+    wins = [
+      (pick(a) > pick(b)) + 0.5 * (pick(a) == pick(b))
+      for x, y in zip(mine, theirs)
+      for a in itertools.combinations(x, n)
+      for b in itertools.combinations(y, n)
+    ]
+    np.testing.assert_allclose(found['mean'], np.mean(wins))
+  same = evaluate.inference_win_rates(responses(mine), responses(mine))
+  np.testing.assert_allclose([x['mean'] for x in same.values()], 0.5)
+
+
 def test_kl_of_a_tabular_policy_is_exact():
   ref, policy = bandit.REF, bandit.best_of(bandit.REF, 4)
   model = tabular(np.log(ref)[None])

@@ -21,7 +21,7 @@ NAMES = sorted(
   path.stem
   for path in (Path(alignjax.__file__).parent / 'recipes').glob('[!_]*.py')
 )
-PARTS = {'reward': tiny.evenness}
+PARTS = {'reward': tiny.evenness, 'teacher': tiny.model()}
 # The first step of every recipe. If you did not mean to change behaviour, a
 # failure is a bug.
 GOLDEN = {
@@ -33,6 +33,19 @@ GOLDEN = {
     'reward': 0.5,
   },
   'distill': {'grad_norm': 0.209069, 'loss/kl': 0.335489, 'nll': 5.66469},
+  'gkd': {
+    'entropy': 5.38641,
+    'forward': 0.319915,
+    'grad_norm': 0.0803026,
+    'loss/jensen_shannon': 0.0743889,
+  },
+  'infalign': {
+    'calibrated': 0.554688,
+    'entropy': 5.39156,
+    'grad_norm': 2.77496,
+    'loss/policy_gradient': 0.103595,
+    'reward': 0.5625,
+  },
   'grpo': {
     'entropy': 5.39324,
     'grad_norm': 1.80611,
@@ -85,7 +98,8 @@ def build(name):
 
 def batch_for(recipe):
   if recipe.stages:
-    return tiny.batch(4)
+    ref_reward = jnp.linspace(0.0, 1.0, 8) * jnp.ones((4, 1))
+    return tiny.batch(4) | {'ref_reward': ref_reward}
   return jax.tree.map(jnp.asarray, text_source(batch_size=4).batch(0))
 
 

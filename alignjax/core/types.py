@@ -20,12 +20,15 @@ objectives or condition weights, T positions. `seq_*` means summed over tokens.
   advantage   f32   [B, N, R]  what multiplies grad log pi
   rewards     f32   [B, N, K]  every score; named by the reward's `names`
   reward      f32   [B, N]     the one number that is optimised: rewards[..., 0]
+  ref_reward  f32   [B, M]     rewards of M reference responses, made before
   weight      f32   [B, N]     weight of a response in the loss
   condition   f32   [B, K]     mixing weights of a conditioned policy
   tokens      int32 [B, T]     a plain sequence
   loss_mask   bool  [B, T]     True where the token is to be predicted
   segment     int32 [B, T]     packed document index, 0 = padding
   position    int32 [B, T]     position inside its document
+  teacher_ids   int32 [B, T-1, k]  ids that a teacher was written down for
+  teacher_probs f32   [B, T-1, k]  their probabilities; 0 where there is no loss
 """
 
 import dataclasses
@@ -46,7 +49,8 @@ Cache = Any
 
 BATCH_FIELDS = frozenset(
   'id prompt uncond response mask sample_logp ref_logp value advantage rewards'
-  ' reward weight condition tokens loss_mask segment position returns'.split()
+  ' reward ref_reward weight condition tokens loss_mask segment position'
+  ' teacher_ids teacher_probs returns'.split()
 )
 
 

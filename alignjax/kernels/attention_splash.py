@@ -101,6 +101,8 @@ def _kernel(columns, heads, window, softcap, interpret):
       masks.MultiHeadMask([mask] * heads),
       block_sizes=sizes,
       attn_logits_soft_cap=softcap,
+      # What its backward pass needs of the forward pass, for a remat policy.
+      residual_checkpoint_name='kernel',
       interpret=interpret,
     )
   return jax.tree.map(jax.device_get, kernel)

@@ -33,7 +33,9 @@ _keep = jax.checkpoint_policies.save_only_these_names
 REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'outputs': _keep('ffw'),
-  'products': _keep('q', 'k', 'v', 'heads', 'mixer', 'gate', 'up', 'ffw'),
+  'products': _keep(
+    *('q', 'k', 'v', 'kernel', 'heads', 'mixer', 'gate', 'up', 'ffw')
+  ),
   'none': None,
 }
 
@@ -204,9 +206,13 @@ def features(
 
   if config.remat != 'none':
     # Layer by layer: a checkpoint of the group around these would compute all
-    # but its last layer a third time.
+    # but its last layer a third time. The barrier against common expressions
+    # also ties a layer's recomputation to its gradient's arrival; without it a
+    # whole group is recomputed first and held. For Gemma 3's six layers that
+    # saves 2 of 17 GiB and costs 3% of the compute; in groups of two it saves
+    # little and costs up to 6%.
     run = jax.checkpoint(
-      run, policy=REMAT[config.remat], prevent_cse=False, static_argnums=2
+      run, policy=REMAT[config.remat], prevent_cse=period > 2, static_argnums=2
     )
   if 'groups' in params:
     x, _ = jax.lax.scan(group, x, params['groups'], unroll=config.unroll)

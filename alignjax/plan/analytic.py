@@ -22,12 +22,13 @@ from alignjax.plan.topology import Topology
 KERNEL_SHARE = (0.55, 0.55)
 # Share of the peak that matrix products reach where no cycles are known.
 MATMUL_SHARE = (0.65, 0.9)
+_PRODUCTS = ('q', 'k', 'v', 'heads', 'mixer', 'gate', 'up', 'ffw')
 # What `decoder.REMAT` keeps of a layer, and which linear maps run twice.
 _KEPT = {
   'full': (),
   'outputs': ('ffw',),
-  'products': ('q', 'k', 'v', 'heads', 'mixer', 'gate', 'up', 'ffw'),
-  'none': ('q', 'k', 'v', 'heads', 'mixer', 'gate', 'up', 'ffw', 'rest'),
+  'products': (*_PRODUCTS, 'kernel'),
+  'none': (*_PRODUCTS, 'rest'),
 }
 _AGAIN = {'full': r'.*', 'outputs': r'(?!.*ffw/down).*'}
 _CHUNK = 256  # positions whose logits exist at once
@@ -318,7 +319,7 @@ def _activations(config: Config, tensor: int) -> dict[str, float]:
   keys = (1 - recurrent) * config.kv_heads * config.head_dim / tensor
   hidden = config.hidden / tensor
   return {
-    **{'q': heads, 'k': keys, 'v': keys, 'heads': heads},
+    **{'q': heads, 'k': keys, 'v': keys, 'heads': heads, 'kernel': heads},
     **{'mixer': config.width, 'ffw': config.width, 'gate': hidden},
     'up': hidden,
     # Norms, their inputs, the gated product; gates and states of the RG-LRU.

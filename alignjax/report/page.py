@@ -186,6 +186,9 @@ def _notes(what: Found) -> str:
     'of the sampled tokens alone. Same mean, more noise; a check on KL.',
     'win_rate': 'Win rate: how often a completion has a higher reward than '
     'one of the init to the same prompt; a tie counts half.',
+    'best_of_4': 'Best (worst) of 4 wins: the same for the best (worst) of 4 '
+    'completions of each, over all subsets: what a policy is worth under '
+    'best-of-4 sampling, or against an adversary who keeps the worst.',
     'log_quantile': 'Log-quantile: mean log of (1 + completions of the init '
     'that score no higher on the same prompt) / (1 + all of them); at best 0.',
     'indicators': 'Hack indicators: share of completions that look like a '

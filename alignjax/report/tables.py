@@ -29,6 +29,8 @@ COLUMNS = (
   Column('kl', 'KL', 'nats', 2, 1, False),
   Column('kl_sampled', 'KL, sampled', 'nats', 2, 1, False),
   Column('win_rate', 'win rate', '% vs init', 1, 100, True),
+  Column('best_of_4', 'best of 4 wins', '% vs init', 1, 100, True),
+  Column('worst_of_4', 'worst of 4 wins', '% vs init', 1, 100, True),
   Column('log_quantile', 'log-quantile', 'nats', 2, 1, True),
   Column('length', 'length', 'tokens', 1, 1, False),
   Column('entropy', 'entropy', 'nats/token', 2, 1, False),

@@ -1,4 +1,4 @@
-"""Full-size runs through `alignjax plan`, as a Markdown table beside their bars.
+"""Full-size runs through `alignjax plan`, a Markdown table beside their bars.
 
   python tests/bench/pods.py [NAME ...] [--layers N] [--out FOLDER]
 

@@ -20,7 +20,7 @@ from alignjax.core.lookup import defaults
 from tests.chaos import parts
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 180
+LIMIT_S = 600
 GRAPH = ('pretrain', 'align_1', 'align_2', 'slerp')
 NAMES = ('sft', 'distill', 'jbond', 'warp', 'run')
 
@@ -60,7 +60,7 @@ def settings(text, method, **changes):
     'max_bad_steps': 3,
     'verify_every': 5,
     'optimizer': defaults('system', 'optimizer', warmup_steps=2),
-    'start': {},
+    'start': {'teacher': ''} if method == 'distill' else {},
   }
   if method in ('sft', 'distill'):
     config['recipe'] = defaults('recipes', method)

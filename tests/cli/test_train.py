@@ -291,6 +291,17 @@ def test_bad_input_is_one_sentence_before_any_compute(
   assert not workdir.exists()
 
 
+def test_a_fixed_role_from_nowhere_would_be_noise(text, tmp_path):
+  from alignjax.core.lookup import defaults
+
+  config = settings(text, 'jbond')
+  config['recipe'] = configs.plain(defaults('recipes', 'bond'))
+  file, workdir = write(tmp_path / 'c.json', config), tmp_path / 'w'
+  with pytest.raises(UserError, match='start.anchor: .* never trains this'):
+    verb.main([f'--config={file}', f'--workdir={workdir}'])
+  assert not workdir.exists()
+
+
 def test_chat_sft_from_its_config(finished, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   rows = [

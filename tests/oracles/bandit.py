@@ -61,14 +61,30 @@ def natural_gradient(lr, weight=None):
   )
 
 
-def run(recipe, tx, *, rows, steps, seed=0, microbatches=1, watch=None):
-  """The loop without its files: final policy probabilities and state."""
+def run(
+  recipe,
+  tx,
+  *,
+  rows,
+  steps,
+  seed=0,
+  microbatches=1,
+  watch=None,
+  fields=None,
+):
+  """The loop without its files: final policy probabilities and state.
+
+  `fields` are further fields of every prompt, without the axis B.
+  """
+  fields = fields or {}
   state = init_state(recipe, tx, seed)
   step = jax.jit(make_step(recipe, tx, seed=seed, microbatches=microbatches))
 
   @jax.jit
   def whole(state, k):
     batch = prompts(rows)
+    for name, x in fields.items():
+      batch[name] = jnp.broadcast_to(x, (rows, *np.shape(x)))
     batch['id'] = batch['id'] + k * rows
     batch = train.stage_batch(recipe, state, batch, seed)
     return step(state, batch)

@@ -1,5 +1,6 @@
 """The runs of the planning configs, at two layers, through the TPU compiler."""
 
+import collections
 from importlib import metadata
 
 import pytest
@@ -29,10 +30,11 @@ def test_a_shallow_version_compiles_and_fits(name, tmp_path):
   assert record['flops']['matmul'] >= record['flops']['model'] * 0.9
   assert record['wire_bytes'] > 0
   if record['step'] == 'train':
-    # Gradients are scattered where they are added, weights gathered twice.
-    ops = {}
+    # Gradients are scattered where they are added (as permutations, on some
+    # generations), and no weight is gathered more often than twice.
+    ops = collections.Counter()
     for sent in record['wire']:
-      ops[sent['op']] = ops.get(sent['op'], 0) + sent['wire_bytes']
-    assert ops['reduce-scatter'] > ops.get('all-reduce', 0)
-    gathered = 'gathered more than'
-    assert not any(gathered in warning for warning in record['warnings'])
+      ops[sent['op']] += sent['wire_bytes']
+    scattered = ops['reduce-scatter'] + ops['collective-permute']
+    assert scattered > ops['all-reduce']
+    assert not any('need 2' in warning for warning in record['warnings'])
