@@ -27,7 +27,7 @@ from alignjax.interop.opened import Opened
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.policies import lm
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.policies.sample import sample as draw
 from alignjax.system import model_dir
 
@@ -135,10 +135,16 @@ def sample(
   *,
   max_new_tokens: int = 64,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   count: int = 1,
   key: Array | None = None,
 ) -> list[list[str]]:
-  """`count` texts for each prompt; temperature 0 takes the likeliest token."""
+  """`count` texts for each prompt; temperature 0 takes the likeliest token.
+
+  With `top_k` only so many of the likeliest tokens can be drawn, with `top_p`
+  only the likeliest that have this share of the probability.
+  """
   tokens = model.tokenizer
   if tokens is None:
     raise UserError('this model has no tokenizer; sample from token ids')
@@ -147,7 +153,8 @@ def sample(
   padded = np.full((len(encoded), width), tokens.pad, np.int32)
   for row, ids in zip(padded, encoded):
     row[-len(ids) :] = ids
-  run = _sampler(model.config, tokens, count, max_new_tokens, temperature)
+  drawn = (temperature, top_k, top_p)
+  run = _sampler(model.config, tokens, count, max_new_tokens, drawn)
   batch = {'prompt': jnp.asarray(padded), 'id': jnp.arange(len(padded))}
   out = run(model.params, batch, jax.random.key(0) if key is None else key)
   responses, masks = np.asarray(out['response']), np.asarray(out['mask'])
@@ -164,9 +171,15 @@ def _apply(config: Config, params, tokens, positions, segment_ids):
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(config: Config, tokens, count, max_new_tokens, temperature):
+def _sampler(config: Config, tokens, count, max_new_tokens, drawn):
   parts = lm.model(config, tokens)
-  policy = tempered(parts.policy('policy'), temperature or 1.0)
+  temperature, top_k, top_p = drawn
+  policy = sampled(
+    parts.policy('policy'),
+    temperature=temperature or 1.0,
+    top_k=top_k,
+    top_p=top_p,
+  )
 
   @jax.jit
   def run(params, batch, key):

@@ -23,7 +23,7 @@ from alignjax.data.format import chat_tokens
 from alignjax.data.tokenizer import streamed
 from alignjax.policies import lm
 from alignjax.policies import sample as sampling
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 
 WIDTH = 64  # of the shortest prompt
 BLOCK_S = 0.05  # how long a block of tokens may take before it is shown
@@ -40,6 +40,8 @@ def converse(
   system: str | None = None,
   max_new_tokens: int = 1024,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   seed: int = 0,
 ) -> None:
   """Answers one message after the other on stdout, until there are no more.
@@ -49,7 +51,13 @@ def converse(
   """
   tokenizer = model.tokenizer
   assert tokenizer is not None
-  write = writer(model, max_new_tokens=max_new_tokens, temperature=temperature)
+  write = writer(
+    model,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+  )
   opening = [] if system is None else [{'role': 'system', 'content': system}]
   said = [*opening]
   for turn, message in enumerate(messages):
@@ -98,7 +106,12 @@ def _answer(blocks: Iterator[list[int]], decode) -> list[int]:
 
 
 def writer(
-  model: LoadedModel, *, max_new_tokens: int, temperature: float
+  model: LoadedModel,
+  *,
+  max_new_tokens: int,
+  temperature: float,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> Writer:
   """A function that answers prompts, blocks of ids as they are drawn.
 
@@ -106,7 +119,12 @@ def writer(
   token.
   """
   parts = lm.model(model.config, model.tokenizer)
-  policy = tempered(parts.policy('policy'), temperature or 1.0)
+  policy = sampled(
+    parts.policy('policy'),
+    temperature=temperature or 1.0,
+    top_k=top_k,
+    top_p=top_p,
+  )
   ending: dict[str, Any] = {
     'stop': parts.stop,
     'pad': parts.pad,

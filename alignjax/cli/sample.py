@@ -28,6 +28,15 @@ def _parser() -> argparse.ArgumentParser:
     '--max_new_tokens', type=int, help='64; 1024 of an answer with --chat'
   )
   parser.add_argument('--temperature', type=float, default=1.0)
+  parser.add_argument(
+    '--top_k', type=int, default=0, help='draw from the K likeliest; 0: all'
+  )
+  parser.add_argument(
+    '--top_p',
+    type=float,
+    default=1.0,
+    help='draw from the likeliest that have this share of the probability',
+  )
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
     '--best-of',
@@ -58,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     raise UserError(
       '--temperature must be at least 0, --n and --max_new_tokens at least 1'
     )
+  if args.top_k < 0 or not 0 < args.top_p <= 1:
+    raise UserError('--top_k must be at least 0, --top_p above 0 and up to 1')
   if args.best_of is not None and args.best_of < args.n:
     raise UserError(f'--best-of={args.best_of} is less than --n={args.n}')
   if args.chat:
@@ -89,6 +100,8 @@ def main(argv: Sequence[str]) -> int:
     prompts,
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
+    top_k=args.top_k,
+    top_p=args.top_p,
     count=args.best_of or args.n,
     key=jax.random.key(args.seed),
   )
@@ -145,6 +158,8 @@ def _chat(args: argparse.Namespace) -> int:
     system=args.system,
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
+    top_k=args.top_k,
+    top_p=args.top_p,
     seed=args.seed,
   )
   return console.OK

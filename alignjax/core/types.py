@@ -122,6 +122,11 @@ Metrics = Mapping[str, Mean | Peak]
 Loss = dict[str, tuple[float, Mean]]
 
 
+def _unlimited(logits: Array, tokens: Array | None) -> Array:
+  del tokens
+  return logits
+
+
 class Policy(NamedTuple):
   """A next-token distribution, as pure functions of weights.
 
@@ -137,6 +142,9 @@ class Policy(NamedTuple):
       `prompt` into a cache for `length` positions in all.
     step: (Weights, Cache, int32 [B]) -> (logits [B, V], Cache).
     take: (Cache, int32 [B']) -> Cache. Gathers rows.
+    limit: (logits [..., V], tokens [...] or None) -> logits [..., V]. Which
+      tokens can be drawn at all; a token that was drawn, could be. Sampler and
+      scorers apply it last.
   """
 
   view: Callable[[Bundle, Batch], Weights]
@@ -145,6 +153,7 @@ class Policy(NamedTuple):
   start: Callable[[Weights, Batch, int], tuple[Array, Cache]]
   step: Callable[[Weights, Cache, Array], tuple[Array, Cache]]
   take: Callable[[Cache, Array], Cache]
+  limit: Callable[[Array, Array | None], Array] = _unlimited
 
 
 Scalar = Callable[[Bundle, Batch], Array]  # -> float32 [B, N, R]

@@ -97,6 +97,7 @@ def token_scores(
   tokens, mask = targets(batch)
 
   def scores(logits, tokens):
+    logits = policy.limit(logits, tokens)
     logp = gather_logp(logits, tokens)
     return logp, entropy(logits)
 

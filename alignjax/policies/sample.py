@@ -105,7 +105,7 @@ def begin(
       'mask': jnp.zeros(shape, bool),
     },
   )
-  return _draw(state, logits, stop, pad, greedy)
+  return _draw(state, policy.limit(logits, None), stop, pad, greedy)
 
 
 def advance(
@@ -130,6 +130,7 @@ def advance(
 
   def body(state: State):
     logits, cache = policy.step(weights, state.cache, state.token)
+    logits = policy.limit(logits, None)
     return _draw(state._replace(cache=cache), logits, stop, pad, greedy)
 
   return jax.lax.while_loop(running, body, state)

@@ -15,15 +15,16 @@ equal teaches nothing: `flat_groups` is the share of those.
 
 Deviations from the paper: one pass over a rollout in `updates` minibatches,
 over each of which 'token' takes its mean; the paper's groups are of 64.
-Sampling at a temperature scores policy and reference at that temperature. The
-k3 pull descends KL(ref || pi), so that the optimum is not the tilted reference
-(arXiv 2502.18548).
+Policy and reference are scored as they are sampled: at a temperature,
+truncated. The k3 pull descends KL(ref || pi), so that the optimum is not the
+tilted reference (arXiv 2502.18548).
 
 Numbers that default as the paper's do: kl_coef; as TRL's: response_count,
 clip_low, clip_high, updates, temperature.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from alignjax.losses.policy_gradient import (
   k3,
   surrogate,
 )
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange
 from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
@@ -92,6 +93,8 @@ def grpo(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> Recipe:
   """GRPO; equation 3. Raises UserError for numbers out of range."""
   clip = dict(clip_low=clip_low, clip_high=clip_high)
@@ -103,8 +106,9 @@ def grpo(
   arrange.check_numbers(
     response_count=(response_count, 2, math.inf),  # a group of one is flat
   )
-  policy = tempered(model.policy('policy'), temperature)
-  fixed = tempered(model.policy('reference'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
+  fixed = as_drawn(model.policy('reference'))
   mean, ratio = MEANS[mean_over], RATIOS[ratio_of]
 
   @jax.jit

@@ -15,6 +15,8 @@ takes the place of PPO. Under noise in C an exponential is biased upwards
 tells nothing beyond a KL of about the log of their number.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,7 @@ from alignjax.core.types import Mean, Model, Recipe, Reward, UserError
 from alignjax.losses import calibration
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange
 from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
@@ -41,6 +43,8 @@ def infalign(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
   """KL-regularised RL on Phi(C); section 4 and algorithm 1.
@@ -48,8 +52,9 @@ def infalign(
   Raises UserError where a batch has no `ref_reward`.
   """
   arrange.check_baseline(baseline)
-  policy = tempered(model.policy('policy'), temperature)
-  anchor = tempered(model.policy('reference'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
+  anchor = as_drawn(model.policy('reference'))
   phi = calibration.transform(transform, transform_scale, transform_floor)
 
   def returns(bundle, batch, key):

@@ -11,13 +11,15 @@ policy's weights and a head of zeros; an optimizer table with a rule such as
 
 Deviations from the papers: one pass over a rollout, in `updates` minibatches,
 not several; a response that the length limit ends is taken for finished.
-Sampling at a temperature scores policy and reference at that temperature.
+Policy and reference are scored as they are sampled: at a temperature,
+truncated.
 
 Numbers that default as those of TRL's last PPO do: kl_coef, gamma, gae_lambda,
 clip_low, clip_high, clip_value, value_coef.
 """
 
 import math
+from functools import partial
 
 import jax
 
@@ -25,7 +27,7 @@ from alignjax.core.types import Mean, Model, Recipe, Reward
 from alignjax.losses import value as values
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import clipped, surrogate
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange, score
 from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
@@ -48,6 +50,8 @@ def ppo(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> Recipe:
   """PPO; equations 7 and 9. Raises UserError for numbers out of range."""
   clip = dict(clip_low=clip_low, clip_high=clip_high)
@@ -61,7 +65,8 @@ def ppo(
     value_coef=(value_coef, 0, math.inf),
     response_count=(response_count, 1, math.inf),
   )
-  policy = tempered(model.policy('policy'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
   scalar = model.scalar('value')
 
   @jax.jit
@@ -119,7 +124,7 @@ def ppo(
         score.score(reward),
         chunks=rollout_chunks,
       ),
-      score.reference(tempered(model.policy('reference'), temperature)),
+      score.reference(as_drawn(model.policy('reference'))),
       score.values(scalar),
       estimate,
     ),

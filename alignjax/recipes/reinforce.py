@@ -9,14 +9,15 @@ loss pulls back, k2 of every token, whose gradient is that of KL(pi || ref).
 the whole response, clipped as in PPO; the first ratio of each is 1.
 
 Deviations from the paper: `updates` above 1, which TRL has too. A pull in the
-loss sees each token by itself, not the tokens that follow from it. Sampling at
-a temperature scores policy and reference at that temperature.
+loss sees each token by itself, not the tokens that follow from it. Policy and
+reference are scored as they are sampled: at a temperature, truncated.
 
 Numbers that default as TRL's do: kl_coef, response_count, clip_low, clip_high,
 updates, temperature.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from alignjax.core.types import Mean, Model, Recipe, Reward
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import clipped, flat, k2, surrogate
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange
 from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
@@ -44,6 +45,8 @@ def reinforce(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> Recipe:
   """RLOO; equations 8 and 9. Raises UserError for numbers out of range."""
   clip = dict(clip_low=clip_low, clip_high=clip_high)
@@ -54,8 +57,9 @@ def reinforce(
   arrange.check_numbers(
     response_count=(response_count, 2, math.inf),  # a response needs others
   )
-  policy = tempered(model.policy('policy'), temperature)
-  fixed = tempered(model.policy('reference'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
+  fixed = as_drawn(model.policy('reference'))
   in_reward = kl_coef if kl_in == 'reward' else 0.0
   in_loss = kl_coef if kl_in == 'loss' else 0.0
 

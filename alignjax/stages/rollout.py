@@ -177,4 +177,4 @@ def enumerate_arms(draws: Draws, *, arms: int, support: int = 0) -> Stage:
 
 def _arm_logp(policy, bundle, batch):
   logits, _ = policy.start(policy.view(bundle, batch), batch, 1)
-  return jax.nn.log_softmax(logits, axis=-1)
+  return jax.nn.log_softmax(policy.limit(logits, None), axis=-1)

@@ -56,6 +56,54 @@ def test_sampled_form(numbers, seed):
   np.testing.assert_allclose(found, tilt(0.5), atol=1e-2)
 
 
+# Truncation keeps the three arms in the middle, wherever the tilt takes them.
+WIDE = np.array([0.05, 0.3, 0.3, 0.3, 0.05])
+
+
+def truncated_recipe(**numbers):
+  return reinforce(
+    bandit.model(WIDE),
+    bandit.reward(),
+    max_new_tokens=1,
+    kl_coef=2.0,
+    **numbers,
+  )
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+@pytest.mark.parametrize('numbers', [{'top_k': 3}, {'top_p': 0.88}])
+def test_truncated_sampling_tilts_what_it_keeps(numbers, seed):
+  seen = []
+  found, _ = bandit.run(
+    truncated_recipe(**numbers),
+    annealed(0.25, 0.1),
+    rows=2048,
+    steps=200,
+    seed=seed,
+    watch=lambda state, metrics: seen.append(metrics['logprob_gap'].number),
+  )
+  kept = found[1:4] / found[1:4].sum()
+  want = tilt(0.5, WIDE, bandit.REWARD)[1:4]
+  np.testing.assert_allclose(kept, want / want.sum(), atol=1e-2)
+  # What cannot be drawn is neither rewarded nor punished.
+  np.testing.assert_allclose(found[0], found[4], rtol=1e-5)
+  assert max(seen) < 1e-5
+
+
+def test_scoring_another_distribution_than_the_sampled_is_detected():
+  drawn, scored = truncated_recipe(top_k=3), truncated_recipe()
+  mixed = scored._replace(stages=(drawn.stages[0], *scored.stages[1:]))
+  seen = []
+  bandit.run(
+    mixed,
+    annealed(0.25, 0.1),
+    rows=2048,
+    steps=100,
+    watch=lambda state, metrics: seen.append(metrics['logprob_gap'].number),
+  )
+  assert seen[0] > 0.1
+
+
 def test_a_wrong_sign_is_detected(monkeypatch):
   right = policy_gradient.surrogate
   monkeypatch.setattr(module, 'surrogate', lambda *a, **k: -right(*a, **k))
@@ -132,6 +180,8 @@ def test_equal_rewards_teach_nothing():
     ({'kl_coef': float('nan')}, 'recipe.kl_coef: found nan'),
     ({'updates': 0}, 'recipe.updates: found 0, expected 1 or more'),
     ({'temperature': 0.0}, 'recipe.temperature: found 0'),
+    ({'top_p': 0.0}, 'top_p = 0: expected more than 0'),
+    ({'top_k': -1}, 'top_k = -1 and top_p = 1: expected'),
   ],
 )
 def test_bad_numbers_are_one_sentence(numbers, words):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax.losses.logprob import token_logp
-from alignjax.policies.combine import restrict, tempered
+from alignjax.policies.combine import restrict, sampled, tempered
 from alignjax.policies.sample import advance, begin, sample
 from tests import tiny
 
@@ -40,6 +40,62 @@ def test_sampler_and_scorer_agree():
     gap = np.abs(np.where(out['mask'], scored - out['sample_logp'], 0)).max()
     assert gap < 1e-4
     assert out['mask'].sum() > 100
+
+
+def kept_by_sorting(logits, top_k, top_p):
+  """The likeliest tokens, token by token."""
+  order = np.argsort(-logits, kind='stable')[: top_k or None]
+  probs = np.exp(logits[order] - logits.max())
+  before = np.cumsum(probs) - probs
+  return set(order[before < top_p * probs.sum()])
+
+
+def test_truncation_keeps_the_likeliest_tokens():
+  logits = np.random.default_rng(0).normal(size=(64, 500)) * 3
+  for top_k, top_p in [(1, 1.0), (40, 1.0), (0, 0.5), (0, 0.99), (40, 0.8)]:
+    policy = sampled(
+      MODEL.policy('policy'), temperature=1.0, top_k=top_k, top_p=top_p
+    )
+    found = policy.limit(jnp.asarray(logits, jnp.float32), None)
+    for row, limited in zip(logits, np.asarray(found)):
+      assert set(np.flatnonzero(limited > -1e8)) == kept_by_sorting(
+        row, top_k, top_p
+      )
+
+
+def test_truncation_at_the_ends():
+  ties = jnp.log(jnp.array([[0.25, 0.25, 0.25, 0.125, 0.125]]))
+  for numbers, count in [
+    (dict(top_p=1e-6), 3),  # as likely as the last of them
+    (dict(top_k=2), 3),
+    (dict(top_p=0.8), 5),
+    (dict(top_k=9, top_p=1.0), 5),
+  ]:
+    policy = sampled(MODEL.policy('policy'), temperature=1.0, **numbers)
+    assert (policy.limit(ties, None) > -1e8).sum() == count
+  policy = sampled(MODEL.policy('policy'), temperature=1.0, top_k=1)
+  kept = policy.limit(jnp.array([[3.0, 2.0, 1.0]]), jnp.array([2]))
+  np.testing.assert_array_equal(kept[0] > -1e8, [True, False, True])
+  whole = sampled(MODEL.policy('policy'), temperature=0.7)
+  assert whole.limit is MODEL.policy('policy').limit
+
+
+def test_sampler_and_scorer_agree_on_what_is_truncated():
+  for numbers in (dict(top_k=5), dict(top_p=0.6), dict(top_k=50, top_p=0.9)):
+    policy = sampled(MODEL.policy('policy'), temperature=0.8, **numbers)
+    batch = tiny.batch()
+    out = draw(batch, policy=policy, count=4)
+    scored = token_logp(policy, WEIGHTS, batch | out)
+    gap = np.abs(np.where(out['mask'], scored - out['sample_logp'], 0)).max()
+    assert gap < 1e-4
+    plain = token_logp(MODEL.policy('policy'), WEIGHTS, batch | out)
+    assert (np.asarray(scored - plain)[np.asarray(out['mask'])] > 0.1).any()
+  few = draw(
+    tiny.batch(),
+    policy=sampled(MODEL.policy('policy'), temperature=1.0, top_k=1),
+    count=8,
+  )['response']
+  np.testing.assert_array_equal(few, few[:, :1].repeat(8, 1))
 
 
 def test_illegal_tokens_never_appear_and_carry_no_mass():
