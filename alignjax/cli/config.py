@@ -71,6 +71,9 @@ def _read(file: str) -> tuple[ConfigDict, types.ModuleType | None]:
   takes = inspect.signature(get_config).parameters
   if variant and not takes:
     raise UserError(f'{path}: has no variants, found {variant!r}')
+  known = list(getattr(program, 'VARIANTS', [variant]))
+  if variant not in known:
+    raise UserError(f'{path}: no variant {variant!r}, expected one of {known}')
   config = get_config(variant) if takes else get_config()
   if not isinstance(config, ConfigDict):
     raise UserError(

@@ -19,15 +19,12 @@ beforehand, by the first command, the second needs none:
 from ml_collections import ConfigDict
 
 from alignjax.core.lookup import defaults
-from alignjax.core.types import UserError
 from configs.base import single
 
 VARIANTS = ('', 'sampled', 'recorded')
 
 
 def get_config(variant=''):
-  if variant not in VARIANTS:
-    raise UserError(f'variant {variant!r}: expected one of {VARIANTS[1:]}')
   rows = defaults('data', 'sources.text', length=256)
   if variant == 'recorded':
     recipe = defaults('recipes', 'distill.recorded')

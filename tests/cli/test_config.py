@@ -140,6 +140,9 @@ def test_missing_pieces(tmp_path):
   path.write_text('def get_config(): pass')
   with pytest.raises(UserError, match='has no variants'):
     config.load([f'--config={path}:big'])
+  path.write_text("VARIANTS = ('', 'tiny')\ndef get_config(variant): pass")
+  with pytest.raises(UserError, match=r"no variant 'big', expected .*'tiny'"):
+    config.load([f'--config={path}:big'])
 
 
 def test_a_programs_own_error_is_not_hidden(tmp_path):
