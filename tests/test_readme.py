@@ -37,6 +37,7 @@ def test_the_commands_are_those_that_run_here_or_in_ci():
   assert all(command.startswith(known) for command in commands())
   ci = (ROOT / '.ci' / 'run').read_text()
   assert "pip install --quiet -e '.[test]'" in ci and '\npytest\n' in ci
+  assert '\npytest -m slow\n' in ci
 
 
 def shell(command, where):
@@ -66,6 +67,7 @@ def quickstart(tmp_path_factory):
   return where
 
 
+@pytest.mark.slow
 def test_every_command_runs(quickstart):
   ran = 0
   for command in commands():
@@ -76,6 +78,7 @@ def test_every_command_runs(quickstart):
   assert ran >= 5
 
 
+@pytest.mark.slow
 def test_every_python_example_runs(quickstart):
   for block in blocks('python'):
     subprocess.run(
@@ -84,6 +87,7 @@ def test_every_python_example_runs(quickstart):
   assert (quickstart / 'runs/merged/model.json').exists()
 
 
+@pytest.mark.slow
 def test_the_evaluation_covers_every_model(quickstart):
   file = quickstart / 'runs/quickstart/evaluate/evaluation.json'
   evaluation = json.loads(file.read_text())
@@ -103,6 +107,7 @@ def test_the_evaluation_covers_every_model(quickstart):
   assert last['reward'] == slerp['reward']
 
 
+@pytest.mark.slow
 def test_a_finished_graph_is_not_run_again(quickstart):
   command = next(c for c in commands() if c.startswith('alignjax run'))
   begun = time.monotonic()
@@ -116,6 +121,7 @@ def test_a_finished_graph_is_not_run_again(quickstart):
   assert '--rerun' in changed.stderr and 'Traceback' not in changed.stderr
 
 
+@pytest.mark.slow
 def test_bad_words_are_one_sentence(quickstart):
   for words, message in (
     ('run --config=configs/nowhere.py --workdir=x', 'nowhere.py'),

@@ -164,6 +164,7 @@ def prompts_of_a_table():
 
 # On a table, which compiles fast; tests/chaos kills runs of a decoder, those of
 # recipes without stages among them.
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted({*NAMES} - {'sft', 'distill'}))
 def test_an_interrupted_run_continues_bit_for_bit(name, tmp_path):
   table = np.random.default_rng(0).normal(size=(16, 8))

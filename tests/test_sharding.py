@@ -81,9 +81,14 @@ def one_step(recipe, batch, axes):
   'family, axes',
   [
     *[('gemma2', axes) for axes in MESHES],
-    ('gemma3', MESHES[1]),
-    ('recurrentgemma', MESHES[3]),
-    ('recurrentgemma', MESHES[5]),
+    *[
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ('gemma3', MESHES[1]),
+        ('recurrentgemma', MESHES[3]),
+        ('recurrentgemma', MESHES[5]),
+      )
+    ],
   ],
 )
 def test_sft_on_any_mesh(family, axes):
@@ -97,6 +102,7 @@ def test_sft_on_any_mesh(family, axes):
     np.testing.assert_allclose(a, b, atol=2e-5, err_msg=str(axes))
 
 
+@pytest.mark.slow
 def test_a_rollout_and_its_update_on_any_mesh():
   recipe = jbond(model('gemma2'), tiny.evenness, max_new_tokens=6)
   batch = tiny.batch(16)

@@ -180,6 +180,7 @@ def assert_same(a: Path, b: Path):
     )
 
 
+@pytest.mark.slow
 def test_sft_in_two_processes_equals_one(folder):
   alone, both = folder / 'sft_1', folder / 'sft_2'
   assert ended(start(folder, 'sft', alone, 1, 4)) == [0], said(alone, 0)
@@ -187,6 +188,7 @@ def test_sft_in_two_processes_equals_one(folder):
   assert_same(alone, both)
 
 
+@pytest.mark.slow
 def test_jbond_stops_dies_and_goes_on_in_any_number_of_processes(folder):
   alone, many = folder / 'jbond_1', folder / 'jbond_n'
   assert ended(start(folder, 'jbond', alone, 1, 4, 'alone')) == [0]
