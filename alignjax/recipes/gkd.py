@@ -9,7 +9,8 @@ share 1 - `on_policy` of the rows keeps the answer that the source gives.
 
 Deviations from the paper: its algorithm tosses one coin per batch for whether
 answers are drawn, here each row has its own. Answers may be drawn at a
-`temperature`; the divergence stays at temperature 1.
+`temperature` and truncated; the divergence stays that of whole distributions at
+temperature 1.
 """
 
 import jax
@@ -19,7 +20,7 @@ from alignjax.core.types import Mean, Model, Peak, Recipe, UserError
 from alignjax.losses import divergence as divergences
 from alignjax.losses import teacher as teachers
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages.rollout import given_or_drawn, rollout
 
 
@@ -32,6 +33,8 @@ def gkd(
   on_policy: float = 1.0,
   max_new_tokens: int = 64,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> Recipe:
   """Algorithm 1. `mix` is the teacher's weight in the Jensen-Shannon mean."""
   compare = divergences.named(divergence, mix)
@@ -40,8 +43,11 @@ def gkd(
       f'recipe.on_policy: found {on_policy}, expected a share from 0 to 1'
     )
   policy, frozen = model.policy('policy'), teacher.policy('teacher')
+  drawn_from = sampled(
+    policy, temperature=temperature, top_k=top_k, top_p=top_p
+  )
   draw = rollout(
-    [(tempered(policy, temperature), 1)],
+    [(drawn_from, 1)],
     max_new_tokens=max_new_tokens,
     stop=model.stop,
     pad=model.pad,
@@ -62,7 +68,9 @@ def gkd(
         'forward': divergences.kl(p, q),
         'reverse': divergences.reverse(p, q),
         'entropy': entropy(own),
-        'logp': gather_logp(own / temperature, tokens),
+        'logp': gather_logp(
+          drawn_from.limit(own / temperature, tokens), tokens
+        ),
       }
 
     mask, weight = batch['mask'], batch['weight']
