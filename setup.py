@@ -28,6 +28,7 @@ setup(
   package_data={'alignjax.report': ['*.css', '*.js', '*.html']},
   install_requires=[
     'absl-py',
+    'array_record',
     'chex',
     'etils[epath]',
     'flax>=0.12',

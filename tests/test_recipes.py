@@ -21,7 +21,7 @@ NAMES = sorted(
   path.stem
   for path in (Path(alignjax.__file__).parent / 'recipes').glob('[!_]*.py')
 )
-PARTS = {'reward': tiny.evenness}
+PARTS = {'reward': tiny.evenness, 'teacher': tiny.model()}
 # The first step of every recipe. If you did not mean to change behaviour, a
 # failure is a bug.
 GOLDEN = {
@@ -33,6 +33,12 @@ GOLDEN = {
     'reward': 0.5,
   },
   'distill': {'grad_norm': 0.209069, 'loss/kl': 0.335489, 'nll': 5.66469},
+  'gkd': {
+    'entropy': 5.38641,
+    'forward': 0.319915,
+    'grad_norm': 0.0803026,
+    'loss/jensen_shannon': 0.0743889,
+  },
   'infalign': {
     'calibrated': 0.554688,
     'entropy': 5.39156,

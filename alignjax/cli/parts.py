@@ -7,7 +7,6 @@ Nothing below this file reads a config.
 
 import inspect
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from alignjax.core import lookup, tree
 from alignjax.core.types import Model, Params, Recipe, UserError
-from alignjax.data.tokenizer import ByteTokenizer, Tokenizer
+from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 from alignjax.interop import open as files_of
 from alignjax.interop.opened import Opened
 from alignjax.models import decoder
@@ -61,6 +60,41 @@ def model_config(config: ConfigDict, tokens: Any) -> Config:
   return shape
 
 
+def teacher_config(config: ConfigDict, tokens: Any) -> Config:
+  """The decoder of the `teacher` section; the policy's where there is none.
+
+  `teacher.path` is a model of any size, family and format. Its tokenizer, its
+  own file or `teacher.tokenizer`, must be the run's: ids are compared. Rows of
+  its embedding beyond the tokenizer are no tokens.
+  """
+  section = _teacher(config)
+  path = section.get('path')
+  if not path:
+    return model_config(config, tokens)
+  found = files_of.open(path)
+  if found.config.vocab_size < tokens.size:
+    raise UserError(
+      f'teacher.path: {path} has {found.config.vocab_size} ids, fewer than the '
+      f'{tokens.size} of the tokenizer'
+    )
+  # A plan may stand in for a tokenizer that is not here.
+  if isinstance(tokens, Tokenizer | ByteTokenizer):
+    file = section.get('tokenizer') or found.tokenizer or ''
+    if fingerprint(tokenizer(str(file))) != fingerprint(tokens):
+      raise UserError(
+        f'teacher.path: {path} has another tokenizer '
+        f'({file or "no file, so bytes"}) than the run '
+        f'({tokens.path or "bytes"}), expected the same; for a teacher '
+        'without its tokenizer file set teacher.tokenizer'
+      )
+  return found.config
+
+
+def _teacher(config: ConfigDict) -> dict[str, Any]:
+  section: Any = config.get('teacher')
+  return dict(section or {})
+
+
 def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
   """The recipe of a config, with the parts that its signature names."""
   fn = lookup.find('recipes', config.recipe.name)
@@ -70,6 +104,8 @@ def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
       continue
     if name == 'model':
       parts.append(model)
+    elif name == 'teacher':
+      parts.append(language_model(teacher_config(config, tokens), tokens))
     elif name not in config:
       raise UserError(
         f'recipe {config.recipe.name!r} needs a section {name!r} in the config'
@@ -111,14 +147,15 @@ def opened(path: str, config: Config, what: str) -> Opened:
   return found
 
 
-def check_start(config: Mapping[str, str], recipe: Recipe) -> None:
+def check_start(config: ConfigDict, recipe: Recipe) -> None:
   """UserError for a fixed role of which nobody said where it comes from.
 
   Weights that are never trained and come from no file would be noise. '' says
   that this is meant.
   """
+  told = {*config.start, *(['teacher'] if _teacher(config).get('path') else [])}
   for role, follow in recipe.follow.items():
-    if follow is None and role not in config:
+    if follow is None and role not in told:
       raise UserError(
         f'start.{role}: the recipe never trains this role, so say what it is: '
         "a model's path, '@policy' for a copy of the start"
@@ -126,18 +163,31 @@ def check_start(config: Mapping[str, str], recipe: Recipe) -> None:
 
 
 def start(
-  config: Mapping[str, str], decoder_config: Config
+  config: ConfigDict, policy: Config, tokens: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
-  """(role -> parameters or '@role', role -> digest of what was read)."""
+  """(role -> parameters or '@role', role -> digest of what was read).
+
+  From the sections `start` and `teacher`: a role is of the policy's shape,
+  but the teacher at `teacher.path` is of its own.
+  """
+  begin = {role: origin for role, origin in config.start.items() if origin}
+  teacher = _teacher(config).get('path')
+  if teacher and 'teacher' in begin:
+    raise UserError(
+      f'start.teacher = {begin["teacher"]!r} and teacher.path = {teacher!r}: '
+      'expected one of them'
+    )
+  if teacher:
+    begin['teacher'] = teacher
   origins, digests = {}, {}
-  for role, origin in config.items():
-    if not origin:
-      continue
+  for role, origin in begin.items():
     if origin.startswith('@'):
       origins[role] = origin
       continue
-    found = opened(origin, decoder_config, f'start.{role}')
-    origins[role] = load_params(found, decoder_config)
+    own = teacher and role == 'teacher'
+    shape = teacher_config(config, tokens) if own else policy
+    found = opened(origin, shape, 'teacher.path' if own else f'start.{role}')
+    origins[role] = load_params(found, shape)
     digests[role] = digest(found)
   return origins, digests
 

@@ -139,6 +139,7 @@ def _composed(job: dict[str, Any], devices: Sequence[Any] | None) -> Any:
   from alignjax.core import lookup
   from alignjax.models import sharding
   from alignjax.plan import programs
+  from alignjax.plan.batch import source_batch
   from alignjax.system import mesh as meshes
 
   config: Any = configs.from_json(json.dumps(job['config']))
@@ -161,7 +162,7 @@ def _composed(job: dict[str, Any], devices: Sequence[Any] | None) -> Any:
   tx = lookup.build('system', config.optimizer, schedule.steps * recipe.updates)
   meshes.check_rows(mesh, config.batch_size, schedule.microbatches)
   state = programs.state(recipe, tx, config.start, mesh, sharding.TABLE)
-  batch = programs.source_batch(config.source, config.batch_size)
+  batch = source_batch(config.source, config.batch_size)
   found = programs.programs(
     recipe, tx, state, batch, schedule, mesh, shape, which=job['step']
   )

@@ -105,7 +105,7 @@ def _train(config, workdir: Path, step: int | None) -> int:
   shape = parts.model_config(config, tokens)
   model = parts.language_model(shape, tokens)
   recipe = parts.recipe(config, model, tokens)
-  parts.check_start(config.start, recipe)
+  parts.check_start(config, recipe)
   schedule = train.Schedule(
     **{name: config[name] for name in train.Schedule._fields if name in config}
   )
@@ -115,7 +115,7 @@ def _train(config, workdir: Path, step: int | None) -> int:
   source = lookup.build(
     'data', config.source, tokens, config.batch_size, schedule.seed
   )
-  origins, digests = parts.start(config.start, shape)
+  origins, digests = parts.start(config, shape, tokens)
 
   if step is None:
     workdir.mkdir(parents=True, exist_ok=True)

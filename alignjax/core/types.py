@@ -26,6 +26,8 @@ objectives or condition weights, T positions. `seq_*` means summed over tokens.
   loss_mask   bool  [B, T]     True where the token is to be predicted
   segment     int32 [B, T]     packed document index, 0 = padding
   position    int32 [B, T]     position inside its document
+  teacher_ids   int32 [B, T-1, k]  ids that a teacher was written down for
+  teacher_probs f32   [B, T-1, k]  their probabilities; 0 where there is no loss
 """
 
 import dataclasses
@@ -46,8 +48,8 @@ Cache = Any
 
 BATCH_FIELDS = frozenset(
   'id prompt uncond response mask sample_logp ref_logp value advantage rewards'
-  ' reward ref_reward weight condition tokens loss_mask segment'
-  ' position'.split()
+  ' reward ref_reward weight condition tokens loss_mask segment position'
+  ' teacher_ids teacher_probs'.split()
 )
 
 

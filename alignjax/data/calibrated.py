@@ -22,16 +22,17 @@ FACTS, REWARDS = 'calibration.json', 'rewards.npy'
 
 
 def calibrated(
-  tokenizer, batch_size: int, seed: int, *, path: str = '', of: dict
+  tokenizer, batch_size: int, seed: int, *, path: str = '', rows: dict
 ) -> Rows:
-  """The rows of the source `of`, each with `ref_reward` [M] from `path`.
+  """The source of section `rows`, each row with `ref_reward` [M] from `path`.
 
   Raises UserError where the calibration is missing, damaged, or of prompts
   other than these.
   """
-  rows = lookup.build('data', of, tokenizer, batch_size, seed)
-  rewards = read(path, fingerprint(rows), len(rows))
-  return dataclasses.replace(rows, fields=rows.fields | {'ref_reward': rewards})
+  source = lookup.build('data', rows, tokenizer, batch_size, seed)
+  rewards = read(path, fingerprint(source), len(source))
+  fields = source.fields | {'ref_reward': rewards}
+  return dataclasses.replace(source, fields=fields)
 
 
 def fingerprint(rows: Rows) -> str:
@@ -65,7 +66,7 @@ def read(path: str, prompts: str, count: int) -> np.ndarray:
   if len(rewards) != count or facts.get('prompts') != prompts:
     raise UserError(
       f'{path} calibrates {len(rewards)} other prompts than the {count} of '
-      'source.of: same text, tokenizer, lengths and part are needed'
+      'source.rows: same text, tokenizer, lengths and part are needed'
     )
   if not np.isfinite(rewards).all():
     row = int(np.flatnonzero(~np.isfinite(rewards).all(1))[0])

@@ -155,6 +155,7 @@ def prompts(
   pattern: str = '*.py',
   max_bytes: int = 6_000_000,
   prompt_tokens: int = 48,
+  response_tokens: int = 0,
   whole: bool = False,
   part: str = 'train',
   held_out: float = 0.05,
@@ -165,8 +166,11 @@ def prompts(
   end (in a piece of one line, between words) so that something is left to
   write. With `whole` the text of a row or file is the prompt, and one that
   does not fit is an error; the other fields of a JSONL row (a reference answer)
-  are among the facts of its record.
+  are among the facts of its record. With `response_tokens` the row's response is
+  what follows, cut to so many tokens.
   """
+  if whole and response_tokens:
+    raise UserError('source.response_tokens: nothing follows a whole text')
   budget = prompt_tokens - 1
   if whole:
     found = texts.documents(
@@ -197,7 +201,23 @@ def prompts(
     known.get(name, {}) | {'name': name, 'prompt': head, 'reference': rest}
     for name, head, rest in heads
   ]
-  return Rows({'prompt': out}, facts, batch_size, seed)
+  fields = {'prompt': out}
+  if response_tokens:
+    rests = [rest for _, _, rest in heads]
+    fields |= _responses(tokenizer, rests, response_tokens)
+  return Rows(fields, facts, batch_size, seed)
+
+
+def _responses(tokenizer, texts, length: int) -> dict[str, np.ndarray]:
+  """One response to each prompt: response and mask, [rows, 1, length]."""
+  shape = (len(texts), 1, length)
+  out = np.full(shape, tokenizer.pad, np.int32)
+  mask = np.zeros(shape, bool)
+  for i, ids in enumerate(tokenizer.encode_batch(texts)):
+    ids = ids[:length]
+    out[i, 0, : len(ids)] = ids
+    mask[i, 0, : len(ids)] = True
+  return {'response': out, 'mask': mask}
 
 
 def _heads(tokenizer, pieces, budget: int) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ normalise, to add BOS, to pad and to know about batches.
 
 import dataclasses
 import functools
+import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -228,6 +229,20 @@ class ByteTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids; special ones are dropped, broken UTF-8 is replaced."""
     return bytes(i - 6 for i in ids if i >= 6).decode('utf-8', 'replace')
+
+
+def fingerprint(tokenizer: Tokenizer | ByteTokenizer) -> str:
+  """The same for tokenizers that mean the same by every id, in hex.
+
+  Pieces in order with their scores; the file may differ in other things.
+  """
+  if isinstance(tokenizer, ByteTokenizer):
+    return 'bytes'
+  of = tokenizer.processor
+  pieces = '\n'.join(
+    f'{of.IdToPiece(i)}\t{of.GetScore(i)}' for i in range(tokenizer.size)
+  )
+  return hashlib.sha256(pieces.encode()).hexdigest()
 
 
 def streamed(

@@ -25,16 +25,16 @@ def targets(batch: Batch) -> tuple[Array, Array]:
 
 def over_tokens(
   fn: Callable[..., Any],
-  parts: Sequence[tuple[Policy, Weights, Any]],
+  parts: Sequence[tuple[Any, Weights, Any]],
   *arrays: Float[Array, '... T'],
   chunk: int = 256,
 ) -> Any:
   """fn(*logits, *arrays) computed chunk by chunk along T.
 
   Args:
-    fn: takes logits [..., t, V] of every part, then every array [..., t];
-      returns a pytree of arrays [..., t].
-    parts: (policy, weights, features [..., T, *]).
+    fn: takes logits [..., t, V] of every part (or what else its head gives),
+      then every array [..., t]; returns a pytree of arrays [..., t, *].
+    parts: (policy, or what has a head, weights, features [..., T, *]).
     arrays: [..., T].
     chunk: positions per chunk. A T no longer than this is one chunk, whose
       logits are kept for the backward pass.
@@ -53,9 +53,9 @@ def over_tokens(
       for (policy, weights, _), x in zip(parts, features)
     ]
     out = fn(*logits, *[x.reshape(-1) for x in arrays])
-    return jax.tree.map(lambda y: y.reshape(lead), out)
+    return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), out)
 
-  length = arrays[0].shape[-1]
+  axis, length = arrays[0].ndim - 1, arrays[0].shape[-1]
   if length <= chunk:
     return apply(features, arrays)
 
@@ -69,9 +69,10 @@ def over_tokens(
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
   def join(x):
-    """[T / chunk, ..., chunk] -> [..., T]."""
-    x = jnp.moveaxis(x, 0, -2)
-    return x.reshape(*x.shape[:-2], -1)[..., :length]
+    """[T / chunk, ..., chunk, *] -> [..., T, *]."""
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
   chunks = (
     jax.tree.map(lambda x: split(x, -2), features),

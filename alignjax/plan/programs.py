@@ -122,31 +122,6 @@ def state(
   )
 
 
-def source_batch(section: Mapping[str, Any], rows: int) -> dict[str, Any]:
-  """Shapes of a batch as the `source` section would give it.
-
-  Packed rows for a source with a `length`, prompts for one with
-  `prompt_tokens`; UserError for others, whose shapes only their data tells.
-  """
-
-  def field(dtype, *shape):
-    return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-  if 'length' in section:
-    length = section['length']
-    names = ('tokens', 'segment', 'position')
-    fields = {name: field(jnp.int32, length) for name in names}
-    fields['loss_mask'] = field(jnp.bool_, length)
-  elif 'prompt_tokens' in section:
-    fields = {'prompt': field(jnp.int32, section['prompt_tokens'])}
-  else:
-    raise UserError(
-      f'source {section["name"]!r} says neither `length` nor `prompt_tokens`, '
-      'so that the shapes of its batches are not known without its data'
-    )
-  return fields | {'id': field(jnp.int32)}
-
-
 def placed(shapes: Any, shardings: Any) -> Any:
   """Shapes that carry shardings."""
   return jax.tree.map(
@@ -185,7 +160,7 @@ def programs(
 
   Args:
     state: of `state`.
-    batch: of `source_batch`.
+    batch: of `batch.source_batch`.
     config: of the decoder.
     which: 'train', 'rollout', or 'all', which adds the stages between them.
 

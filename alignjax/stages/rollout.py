@@ -1,8 +1,9 @@
 """Responses for a batch of prompts, from one policy or several.
 
-`rollout` samples. `enumerate_arms` writes every outcome with its probability
-as `weight` instead, for policies small enough: the exact expectation of the
-same objective.
+`rollout` samples; with `given_or_drawn` for a share of the rows only, and the
+others keep what the source gives. `enumerate_arms` writes every outcome with
+its probability as `weight` instead, for policies small enough: the exact
+expectation of the same objective.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.core.types import Policy, Stage
+from alignjax.core.types import Policy, Stage, UserError
 from alignjax.policies.sample import sample
 
 Draws = Sequence[tuple[Policy, int]]
@@ -51,6 +52,51 @@ def rollout(
     }
     weight = jnp.ones(joined['response'].shape[:2], jnp.float32)
     return batch | joined | {'weight': weight}
+
+  return stage
+
+
+def given_or_drawn(draw: Stage, *, share: float) -> Stage:
+  """`draw` for a share of the rows; the source's `response` for the others.
+
+  Which rows is a draw of fold_in(key, id). Writes what `rollout` of one
+  response does; sample_logp is 0 where the response was given. R is the longer
+  of both.
+
+  Raises:
+    UserError: the source gives no response and share < 1.
+  """
+  if share == 1:
+    return draw
+
+  @jax.jit
+  def stage(bundle, batch, key):
+    if 'response' not in batch:
+      raise UserError(
+        f'recipe.on_policy = {share}: the other rows need a response, and the '
+        "source gives none (source 'sources.prompts': set response_tokens)"
+      )
+    given = {name: batch[name] for name in ('response', 'mask')}
+    given['sample_logp'] = jnp.zeros(given['mask'].shape, jnp.float32)
+    weight = jnp.ones(given['response'].shape[:2], jnp.float32)
+    if share == 0:
+      return batch | given | {'weight': weight}
+    prompts = {k: v for k, v in batch.items() if k not in given}
+    drawn = draw(bundle, prompts, jax.random.fold_in(key, 0))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+      jax.random.fold_in(key, 1), batch['id']
+    )
+    own = jax.vmap(jax.random.uniform)(keys) < share
+    length = max(x['mask'].shape[-1] for x in (given, drawn))
+
+    def wide(x):
+      return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])))
+
+    chosen = {
+      name: jnp.where(own[:, None, None], wide(drawn[name]), wide(given[name]))
+      for name in given
+    }
+    return batch | chosen | {'weight': weight}
 
   return stage
 

@@ -232,9 +232,12 @@ def lost(error: BaseException | None) -> bool:
   if jax.process_count() == 1:
     return False
   while error is not None:
-    if isinstance(error, (jax.errors.JaxRuntimeError, RuntimeError)) and any(
-      word in str(error).lower() for word in _GONE
-    ):
+    text = str(error).lower()
+    runtime = isinstance(error, (jax.errors.JaxRuntimeError, RuntimeError))
+    if runtime and any(word in text for word in _GONE):
+      return True
+    # What copies a failed result to the host raises errors of other types.
+    if 'gloo' in text and not isinstance(error, UserError):
       return True
     error = error.__cause__ or error.__context__
   return False

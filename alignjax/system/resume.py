@@ -41,10 +41,15 @@ def save(
   fixed: Iterable[str],
   source_state: dict[str, Any],
 ) -> None:
-  """Starts a checkpoint. Raises UserError for this or the one before it."""
+  """Starts a checkpoint. Raises UserError for this or the one before it.
+
+  A host that is lost meanwhile is no matter of disks: its error goes through.
+  """
   try:
     checkpoint.save(checkpoints, state, fixed=fixed, source=source_state)
   except Exception as error:  # of this write or an earlier asynchronous one
+    if hosts.lost(error):
+      raise
     raise _not_saved(checkpoints, error) from error
 
 
@@ -53,6 +58,8 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
   try:
     checkpoints.wait_until_finished()
   except Exception as error:  # of an asynchronous write
+    if hosts.lost(error):
+      raise
     raise _not_saved(checkpoints, error) from error
   checkpoints.close()
 

@@ -88,7 +88,7 @@ def jobs(c: ConfigDict):
             'source': {
               'name': 'calibrated',
               'path': '@calibrate',
-              'of': prompts,
+              'rows': prompts,
             },
           },
           needs=('calibrate',),

@@ -79,7 +79,7 @@ def run(config, folder, **changes):
 
 def joined(config, work, **changes):
   of = config['source'] | changes
-  section = {'name': 'calibrated', 'path': str(work), 'of': of}
+  section = {'name': 'calibrated', 'path': str(work), 'rows': of}
   return lookup.build('data', section, ByteTokenizer(), 4, 0)
 
 
@@ -160,7 +160,8 @@ def test_the_config_of_the_paper_is_sound(monkeypatch):
     ['calibrate'] + ['train'] * 3 + ['evaluate', 'report']
   )
   assert (
-    configs.plain(graph[1].config)['source']['of'] == graph[0].config['source']
+    configs.plain(graph[1].config)['source']['rows']
+    == graph[0].config['source']
   )
   names = set(defaults('recipes', 'infalign'))
   assert names == set(graph[1].config['recipe'])

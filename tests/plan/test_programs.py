@@ -1,5 +1,7 @@
 """What is planned is what runs: shapes, places and bytes of real arrays."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from alignjax.core.types import UserError
 from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.models import sharding
 from alignjax.plan import programs
+from alignjax.plan.batch import source_batch
 from alignjax.recipes.jbond import jbond
 from alignjax.recipes.sft import sft
 from alignjax.step import init_state
@@ -29,7 +32,7 @@ TEXT = {'name': 'sources.text', 'length': 16}
 def planned(recipe, source, mesh, which='all', rows=8):
   tx = optimizer(SCHEDULE.steps)
   state = programs.state(recipe, tx, {}, mesh, sharding.TABLE)
-  batch = programs.source_batch(source, rows)
+  batch = source_batch(source, rows)
   return programs.programs(
     recipe, tx, state, batch, SCHEDULE, mesh, tiny.config(), which=which
   )
@@ -123,14 +126,25 @@ def test_batches_are_those_of_the_source():
   for name, field in (('text', 'length'), ('prompts', 'prompt_tokens')):
     section = lookup.defaults('data', f'sources.{name}', **{field: 32})
     source = lookup.build('data', section, tokens, 4, 0)
-    shapes = programs.source_batch(section, 4)
+    shapes = source_batch(section, 4)
     real = {k: (x.shape, x.dtype) for k, x in source.batch(0).items()}
     assert {k: (x.shape, x.dtype) for k, x in shapes.items()} == real
 
 
+def test_batches_of_other_kinds(tmp_path):
+  shapes = source_batch(PROMPTS | {'response_tokens': 5}, 4)
+  assert shapes['response'].shape == shapes['mask'].shape == (4, 1, 5)
+  facts = {'format': 1, 'k': 7, 'rows': 3, 'shard_rows': 2}
+  (tmp_path / 'teacher.json').write_text(json.dumps(facts))
+  section = {'name': 'teacher.recorded', 'rows': TEXT, 'path': str(tmp_path)}
+  shapes = source_batch(section, 4)
+  for name in ('teacher_ids', 'teacher_probs'):
+    assert shapes[name].shape == (4, 15, 7)
+
+
 def test_an_unknown_source_is_told():
   with pytest.raises(UserError, match="'my.source'.*neither `length`"):
-    programs.source_batch({'name': 'my.source'}, 4)
+    source_batch({'name': 'my.source'}, 4)
 
 
 def test_no_rollout_is_told(mesh):
@@ -158,7 +172,7 @@ def test_a_stage_of_the_host_is_run_on_zeros():
     length = [len(set(row)) for row in np.asarray(batch['prompt'])]
     return batch | {'value': jnp.asarray(length, jnp.float32)[:, None]}
 
-  fields = programs.source_batch(PROMPTS, 8)
+  fields = source_batch(PROMPTS, 8)
   mesh = programs.abstract_mesh({'data': 1}, 1)
   args = ({}, programs._on_rows(fields, mesh), jax.random.key(0))
   after, calls = programs._traced(host, args, mesh)
