@@ -44,7 +44,8 @@ def init_state(
     tx: the optimizer.
     seed: parameters are drawn from it, per role.
     start: role -> parameters, or '@role' for a copy of another role.
-      Followers default to their leader.
+      Followers default to their leader. A role with a scalar head may start
+      from weights without one: its head is drawn.
     mesh, table: where leaves live; initialisation runs sharded.
     abstract: with a mesh: shapes and places only, nothing is allocated.
   """
@@ -66,6 +67,7 @@ def init_state(
     for role, origin in start.items():
       if isinstance(origin, str):
         bundle[role] = bundle[origin[1:]]
+      bundle[role] = _with_head(bundle[role], recipe.init[role], key)
     params = {k: v for k, v in bundle.items() if k not in recipe.follow}
     params = tree.cast(params, jnp.float32)  # master weights
     # A follower in bfloat16 would never move; a fixed role may stay as it is.
@@ -95,6 +97,12 @@ def init_state(
   given = meshes.put(given, meshes.shardings(given, table, mesh))
   with meshes.current(mesh):
     return jax.jit(build, out_shardings=places)(given)
+
+
+def _with_head(params: Params, init: Callable, key) -> Params:
+  if 'scalar_head' in jax.eval_shape(init, key):
+    return {'scalar_head': init(key)['scalar_head'], **params}
+  return params
 
 
 def _check_start(recipe: Recipe, start: Mapping[str, Any]) -> None:
@@ -198,6 +206,7 @@ def make_step(
     if recipe.updates == 1:
       state, metrics = update(state, (batch, key))
     else:
+      _check_updates(recipe.updates, len(batch['id']), microbatches)
       order = jax.random.permutation(key, batch['id'].shape[0])
       minibatches = jax.tree.map(
         lambda x: x[order].reshape(recipe.updates, -1, *x.shape[1:]), batch
@@ -214,6 +223,14 @@ def make_step(
     return state.replace(frozen=frozen), metrics
 
   return step
+
+
+def _check_updates(updates: int, rows: int, microbatches: int) -> None:
+  if rows % (updates * microbatches):
+    raise UserError(
+      f'a staged batch of {rows} rows does not split into recipe.updates = '
+      f'{updates} minibatches of microbatches = {microbatches} parts'
+    )
 
 
 def _fold(metrics: Metrics) -> Metrics:

@@ -46,12 +46,32 @@ GOLDEN = {
     'loss/policy_gradient': 0.103595,
     'reward': 0.5625,
   },
+  'grpo': {
+    'entropy': 5.39324,
+    'grad_norm': 1.80611,
+    'loss/kl': 0.313639,
+    'reward': 0.526042,
+  },
   'jbond': {
     'entropy': 5.38641,
     'grad_norm': 23.3716,
     'loss/backward': -0.393429,
     'loss/forward': 31.461,
     'reward': 0.5,
+  },
+  'ppo': {
+    'entropy': 5.39116,
+    'grad_norm': 3.60317,
+    'loss/value': 0.10939,
+    'returns': 0.4157,
+    'reward': 0.541667,
+  },
+  'reinforce': {
+    'entropy': 5.39156,
+    'flat_groups': 0.25,
+    'grad_norm': 4.52498,
+    'loss/kl': 2.28468,
+    'reward': 0.5625,
   },
   'sft': {'grad_norm': 2.29586, 'loss/nll': 5.66469},
   'warp': {
@@ -110,6 +130,20 @@ def test_three_steps(name):
   jax.tree.map(np.testing.assert_array_equal, *results)
   if 'logprob_gap' in metrics:
     assert metrics['logprob_gap'].number < 1e-4
+
+
+@pytest.mark.parametrize('name', ['grpo', 'ppo', 'reinforce'])
+def test_microbatches_change_nothing(name):
+  recipe = build(name)
+  tx = optimizer(1, algorithm='sgd', b1=0.0, lr=0.1, clip_norm=0.0)
+  state = init_state(recipe, tx, 0)
+  batch = train.stage_batch(recipe, state, batch_for(recipe), 0)
+  found = [
+    jax.jit(make_step(recipe, tx, microbatches=parts))(state, batch)
+    for parts in (1, 4)
+  ]
+  for one, other in zip(*map(jax.tree.leaves, found)):
+    np.testing.assert_allclose(one, other, atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize('name', NAMES)

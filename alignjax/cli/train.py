@@ -197,6 +197,7 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
       config=to_json(shape),
       params={'policy': leaves},
       provenance=provenance | {'role': role},
+      head='scalar(1)' if 'scalar_head' in named else 'tied',
       tokenizer=config.tokenizer or None,
       overwrite=True,
     )

@@ -15,7 +15,8 @@ objectives or condition weights, T positions. `seq_*` means summed over tokens.
   mask        bool  [B, N, R]  True on response tokens, stop token included
   sample_logp f32   [B, N, R]  log-probability under the sampling distribution
   ref_logp    f32   [B, N, R]  log-probability under the reference or anchor
-  value       f32   [B, N, R]  value estimate
+  value       f32   [B, N, R]  value estimate before the token
+  returns     f32   [B, N, R]  what a value estimate is trained towards
   advantage   f32   [B, N, R]  what multiplies grad log pi
   rewards     f32   [B, N, K]  every score; named by the reward's `names`
   reward      f32   [B, N]     the one number that is optimised: rewards[..., 0]
@@ -49,7 +50,7 @@ Cache = Any
 BATCH_FIELDS = frozenset(
   'id prompt uncond response mask sample_logp ref_logp value advantage rewards'
   ' reward ref_reward weight condition tokens loss_mask segment position'
-  ' teacher_ids teacher_probs'.split()
+  ' teacher_ids teacher_probs returns'.split()
 )
 
 
@@ -146,6 +147,9 @@ class Policy(NamedTuple):
   take: Callable[[Cache, Array], Cache]
 
 
+Scalar = Callable[[Bundle, Batch], Array]  # -> float32 [B, N, R]
+
+
 class Model(NamedTuple):
   """What a recipe gets for the word `model` in a config.
 
@@ -155,12 +159,17 @@ class Model(NamedTuple):
       tokenizer cannot be sampled and carry no probability).
     stop: ids that end a response.
     pad: id written after the end of a response.
+    scalar_init: key -> Params of the same net with a scalar head.
+    scalar: role -> Scalar. Response token i gets the number of what precedes
+      it: the prompt and i tokens.
   """
 
   init: Callable[[Key], Params]
   policy: Callable[[str], Policy]
   stop: tuple[int, ...]
   pad: int
+  scalar_init: Callable[[Key], Params]
+  scalar: Callable[[str], Scalar]
 
 
 Objective = Callable[[Bundle, Batch, Key], tuple[Loss, Metrics]]

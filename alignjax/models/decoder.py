@@ -93,6 +93,12 @@ def init(config: Config, key) -> Params:
   return stacked(config, _init(config, key))
 
 
+def init_scalar(config: Config, key) -> Params:
+  """`init` with a scalar head, which starts at 0 and so does its output."""
+  head = jnp.zeros((config.width, 1), jnp.float32)
+  return init(config, key) | {'scalar_head': head}
+
+
 def shapes(config: Config) -> dict[str, Any]:
   """Shapes and dtypes of the canonical tree; allocates nothing."""
   # One cycle of the pattern is traced; deeper layers repeat it.
@@ -127,11 +133,12 @@ def cast(config: Config, params: Params) -> Params:
   """Parameters in the compute dtype: once per call, outside any loop.
 
   Scales of norms and decays stay as they are: they enter float32 arithmetic,
-  and 1 + scale or exp(-8 softplus(p)) would feel the rounding.
+  and 1 + scale or exp(-8 softplus(p)) would feel the rounding. So would the
+  regression of a scalar head.
   """
 
   def leaf(name, x):
-    exact = re.fullmatch(r'(.*/)?(\w+_norm|a_param)', name)
+    exact = re.fullmatch(r'(.*/)?(\w+_norm|a_param|scalar_head)', name)
     return x if exact else x.astype(config.dtype)
 
   return sharding.stored(tree.map_named(leaf, params))
@@ -244,6 +251,11 @@ def unembed(
   if config.final_softcap is not None:
     logits = softcap(logits, config.final_softcap)
   return logits
+
+
+def scalar(params: Params, x: Float[Array, '... D']) -> Float[Array, '...']:
+  """One float32 number per position of features: the head of `init_scalar`."""
+  return (x.astype(jnp.float32) @ params['scalar_head'])[..., 0]
 
 
 def apply(

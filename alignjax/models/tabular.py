@@ -7,14 +7,19 @@ on it, through the same recipes, stages, losses and optimizer as a decoder.
 
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Bundle, Model, Policy
+from alignjax.core.types import Batch, Bundle, Model, Policy, Scalar
 
 
 def tabular(logits) -> Model:
   """A model whose initial parameters are the table `logits`, float [Q, V]."""
   logits = jnp.asarray(logits, jnp.float32)
   return Model(
-    init=lambda key: {'logits': logits}, policy=_policy, stop=(), pad=0
+    init=lambda key: {'logits': logits},
+    policy=_policy,
+    stop=(),
+    pad=0,
+    scalar_init=lambda key: {'values': jnp.zeros(len(logits))},
+    scalar=_scalar,
   )
 
 
@@ -43,3 +48,13 @@ def _policy(role: str) -> Policy:
     step=step,
     take=lambda cache, rows: jnp.take(cache, rows, axis=0),
   )
+
+
+def _scalar(role: str) -> Scalar:
+  """One number per prompt, the same at every token."""
+
+  def values(bundle: Bundle, batch: Batch):
+    found = bundle[role]['values'][batch['prompt'][:, -1]]
+    return jnp.broadcast_to(found[:, None, None], batch['response'].shape)
+
+  return values

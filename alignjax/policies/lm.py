@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Bundle, Model, Params, Policy
+from alignjax.core.types import Batch, Bundle, Model, Params, Policy, Scalar
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.policies.combine import restrict
@@ -50,6 +50,8 @@ def model(config: Config, tokenizer) -> Model:
     policy=lambda role: restrict(lm(config, role, tokenizer.pad), illegal),
     stop=tuple(tokenizer.stop),
     pad=tokenizer.pad,
+    scalar_init=lambda key: decoder.init_scalar(config, key),
+    scalar=lambda role: scalar(config, role, tokenizer.pad),
   )
 
 
@@ -141,6 +143,18 @@ def lm(
     }
 
   return Policy(view, features, head, start, step, take)
+
+
+def scalar(config: Config, role: str, pad: int = 0) -> Scalar:
+  """The decoder of `role` up to a scalar head; see `Model.scalar`."""
+  trunk = lm(config, role, pad)
+
+  def values(bundle: Bundle, batch: Batch):
+    weights = trunk.view(bundle, batch)
+    x, _ = trunk.features(weights, batch)
+    return decoder.scalar(weights.scanned, x)
+
+  return values
 
 
 def _to_the_right(prompt, pad: int):

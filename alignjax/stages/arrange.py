@@ -1,4 +1,10 @@
-"""Rearranging a batch: choosing responses, turning returns into advantages."""
+"""Rearranging a batch: choosing responses, turning returns into advantages.
+
+And whether a recipe's numbers make sense, before anything runs.
+"""
+
+import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,7 +13,8 @@ from alignjax.core.types import Batch, UserError
 from alignjax.losses.policy_gradient import BASELINES, leave_one_out
 
 PER_RESPONSE = (
-  'response mask sample_logp ref_logp value advantage rewards reward weight'
+  'response mask sample_logp ref_logp value returns advantage rewards reward'
+  ' weight'
 ).split()
 
 
@@ -44,7 +51,40 @@ def advantage(
 
 def check_baseline(baseline: str) -> None:
   """UserError unless `baseline` names one."""
-  if baseline not in BASELINES:
+  check_choice('baseline', baseline, BASELINES)
+
+
+def check_choice(name: str, found: str, choices: Sequence[str]) -> None:
+  """UserError unless a recipe's word is one of `choices`."""
+  if found not in choices:
     raise UserError(
-      f'recipe.baseline: found {baseline!r}, expected one of {list(BASELINES)}'
+      f'recipe.{name}: found {found!r}, expected one of {list(choices)}'
     )
+
+
+def check_numbers(**fields: tuple[float, float, float]) -> None:
+  """UserError unless least <= found <= most, for name=(found, least, most)."""
+  for name, (found, least, most) in fields.items():
+    if not least <= found <= most:  # NaN is out of every range
+      bounds = f'{least:g} or more'
+      if most < math.inf:
+        bounds = f'a number from {least:g} to {most:g}'
+      raise UserError(f'recipe.{name}: found {found:g}, expected {bounds}')
+
+
+def check_ratios(
+  *,
+  kl_coef: float,
+  clip_low: float,
+  clip_high: float,
+  updates: int,
+  temperature: float,
+) -> None:
+  """UserError unless what every recipe with clipped ratios has makes sense."""
+  check_numbers(
+    kl_coef=(kl_coef, 0, math.inf),
+    clip_low=(clip_low, 1e-6, 1),
+    clip_high=(clip_high, 1e-6, math.inf),
+    updates=(updates, 1, math.inf),
+    temperature=(temperature, 1e-6, math.inf),
+  )

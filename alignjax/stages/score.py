@@ -14,6 +14,7 @@ from alignjax.core.types import (
   Peak,
   Policy,
   Reward,
+  Scalar,
   Stage,
   UserError,
 )
@@ -105,30 +106,46 @@ def summary(
   entropy,
   *,
   names: Sequence[str] = (),
+  kl: str = 'anchor_kl',
+  updates: int = 1,
 ) -> Metrics:
   """What every online run logs about the policy's own responses.
 
   `batch` holds those responses only; `logp` and `entropy` [B, N, R] are the
   scorer's. `names` are those of the rewards. Entropy is nats per token,
-  length is tokens per response, kl nats per sequence (the sampled estimate
-  against ref_logp); `logprob_gap` is the largest disagreement between sampler
-  and scorer on any token.
+  length is tokens per response, `kl` (its name) nats per sequence: the sampled
+  estimate against ref_logp, if there is one. `logprob_gap` is the largest
+  disagreement between sampler and scorer on any token; over several `updates`
+  the policy moves between the two, and the number is called `logp_drift`.
   """
   weight, mask = batch['weight'], batch['mask']
   gap = jnp.max(jnp.where(mask, jnp.abs(logp - batch['sample_logp']), 0.0))
-  log_ratio = jnp.sum(batch['sample_logp'] - batch['ref_logp'], axis=-1)
   # Weights are given per response, entropy per token.
   per_token = mask * weight[..., None]
   out: dict[str, Mean | Peak] = {
     'reward': Mean.of(batch['reward'], weight),
-    'anchor_kl': Mean.of(log_ratio, weight),
     'length': Mean.of(jnp.sum(mask, axis=-1), weight),
     'entropy': Mean.of(entropy, per_token),
-    'logprob_gap': Peak(gap),
+    'logprob_gap' if updates == 1 else 'logp_drift': Peak(gap),
   }
+  if 'ref_logp' in batch:
+    log_ratio = jnp.sum(batch['sample_logp'] - batch['ref_logp'], axis=-1)
+    out[kl] = Mean.of(log_ratio, weight)
   for i, name in enumerate(names[1:], start=1):
     out[f'reward/{name}'] = Mean.of(batch['rewards'][..., i], weight)
   return jax.lax.stop_gradient(out)
+
+
+def values(scalar: Scalar) -> Stage:
+  """A stage that writes value [B, N, R], 0 where the mask is False."""
+
+  @jax.jit
+  def stage(bundle, batch, key):
+    del key
+    value = scalar(bundle, batch)
+    return batch | {'value': jnp.where(batch['mask'], value, 0.0)}
+
+  return stage
 
 
 def names(reward: Reward) -> tuple[str, ...]:

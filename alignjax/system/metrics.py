@@ -111,7 +111,7 @@ def recorder(
 
 
 def _headline(row: dict[str, float]) -> str:
-  shown = [name for name in ('reward', 'nll', 'anchor_kl') if name in row]
+  shown = [name for name in ('reward', 'nll', 'anchor_kl', 'kl') if name in row]
   return ' '.join(f'{name} {row[name]:.3f}' for name in shown)
 
 
