@@ -28,16 +28,18 @@ def score(reward: Reward) -> Stage:
   """A stage that writes rewards [B, N, K] and reward = rewards[..., 0].
 
   A reward that says `host = True` gets NumPy arrays of the rows that this
-  process owns, and answers for those; its answers become a global array.
+  process owns, and answers for those; its answers become a global array. Of a
+  reward made of `parts` each runs where it belongs, and its `join` puts them
+  together.
 
   Raises:
     UserError: one that does not say so reads what other hosts hold.
   """
-  scored = _on_host(reward) if getattr(reward, 'host', False) else reward
+  scored = _placed(reward)
 
   def stage(bundle, batch, key):
     try:
-      rewards = scored(bundle, batch, key)
+      rewards = _checked(scored(bundle, batch, key), batch)
     except RuntimeError as error:
       if 'non-addressable' not in str(error):
         raise
@@ -48,6 +50,24 @@ def score(reward: Reward) -> Stage:
     return batch | {'rewards': rewards, 'reward': rewards[..., 0]}
 
   return stage
+
+
+def _placed(reward: Reward) -> Reward:
+  parts = getattr(reward, 'parts', ())
+  if parts:
+    inner = [_placed(part) for part in parts]
+    return lambda *about: reward.join(*[part(*about) for part in inner])
+  return _on_host(reward) if getattr(reward, 'host', False) else reward
+
+
+def _checked(rewards, batch: Batch):
+  expected = batch['response'].shape[:2]
+  if rewards.ndim != 3 or rewards.shape[:2] != expected:
+    raise UserError(
+      f'the reward returned shape {rewards.shape}, expected [B, N, K] with '
+      f'B = {expected[0]} and N = {expected[1]}'
+    )
+  return rewards
 
 
 def _on_host(reward: Reward) -> Reward:
