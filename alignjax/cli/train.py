@@ -115,7 +115,7 @@ def _train(config, workdir: Path, step: int | None) -> int:
   source = lookup.build(
     'data', config.source, tokens, config.batch_size, schedule.seed
   )
-  origins, digests = parts.start(config, shape, tokens)
+  origins, digests = parts.start(config, shape, tokens, recipe.init)
 
   if step is None:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -197,10 +197,18 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
       config=to_json(shape),
       params={'policy': leaves},
       provenance=provenance | {'role': role},
-      head='scalar(1)' if 'scalar_head' in named else 'tied',
+      head=_head(named),
       tokenizer=config.tokenizer or None,
       overwrite=True,
     )
+
+
+def _head(leaves) -> str:
+  """What model.json says of the head of these leaves."""
+  for kind in ('scalar', 'embedding'):
+    if f'{kind}_head' in leaves:
+      return f'{kind}({leaves[f"{kind}_head"].shape[-1]})'
+  return 'tied'
 
 
 def _say(workdir: Path, text: str) -> None:
