@@ -15,18 +15,23 @@ import jax
 from ml_collections import ConfigDict
 
 from alignjax.core import lookup, tree
-from alignjax.core.types import Model, Params, Recipe, UserError
+from alignjax.core.types import Model, Params, Recipe, Reward, UserError
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 from alignjax.interop import open as files_of
 from alignjax.interop.opened import Opened
 from alignjax.models import decoder
 from alignjax.models.config import FREE, Config, to_json
 from alignjax.policies import lm
+from alignjax.rewards import compose
 from alignjax.system import model_dir
 
 # Roles that may be models of their own, in sections of their own, and the head
 # that they have.
-GUESTS = {'teacher': 'tied', 'embedding': 'embedding'}
+GUESTS = {
+  'teacher': 'tied',
+  'embedding': 'embedding',
+  'reward_model': 'scalar',
+}
 
 
 def compilation_cache(workdir: Path) -> None:
@@ -105,8 +110,27 @@ def _guest(config: ConfigDict, role: str) -> dict[str, Any]:
   return dict(section or {})
 
 
-def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
-  """The recipe of a config, with the parts that its signature names."""
+def reward(config: ConfigDict, tokens: Any, source: Any) -> Reward:
+  """The reward of a config, of as many parts as it likes."""
+  return compose.build(
+    config.reward,
+    {
+      'tokens': tokens,
+      'source': source,
+      'reward_model': language_model(
+        guest_config(config, 'reward_model', tokens), tokens
+      ),
+    },
+  )
+
+
+def recipe(
+  config: ConfigDict, model: Model, tokens: Any, reward: Reward | None = None
+) -> Recipe:
+  """The recipe of a config, with the parts that its signature names.
+
+  Roles that only the reward reads are among its own.
+  """
   fn = lookup.find('recipes', config.recipe.name)
   parts = []
   for name, parameter in inspect.signature(fn).parameters.items():
@@ -120,9 +144,15 @@ def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
       raise UserError(
         f'recipe {config.recipe.name!r} needs a section {name!r} in the config'
       )
+    elif name == 'reward':
+      parts.append(reward)
     else:
       parts.append(lookup.build(f'{name}s', config[name], tokens))
-  return lookup.build('recipes', config.recipe, *parts)
+  made = lookup.build('recipes', config.recipe, *parts)
+  read = compose.roles(reward) if reward in parts else {}
+  return made._replace(
+    init={**made.init, **read}, follow={**made.follow, **dict.fromkeys(read)}
+  )
 
 
 def load_params(found: Opened, what: Config) -> Params:
@@ -201,10 +231,24 @@ def start(
     own = role in guests
     shape = guest_config(config, role, tokens) if own else policy
     what = f'{role}.path' if own else f'start.{role}'
-    found = opened(origin, shape, what, head=GUESTS[role] if own else 'tied')
+    found = opened(origin, shape, what, head=GUESTS.get(role, 'tied'))
     origins[role] = load_params(found, shape)
     digests[role] = digest(found)
   return origins, digests
+
+
+def guests(
+  config: ConfigDict, tokens: Any, roles: Iterable[str]
+) -> dict[str, Params]:
+  """Parameters of roles that are models of their own."""
+  paths, found = _paths(config), {}
+  for role in roles:
+    if role not in paths:
+      raise UserError(f'{role}.path: no model is named, and one is needed')
+    shape = guest_config(config, role, tokens)
+    what = opened(paths[role], shape, f'{role}.path', head=GUESTS[role])
+    found[role] = load_params(what, shape)
+  return found
 
 
 def _paths(config: ConfigDict) -> dict[str, str]:

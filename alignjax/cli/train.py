@@ -104,17 +104,17 @@ def _train(config, workdir: Path, step: int | None) -> int:
   mesh = meshes.make(dict(config.mesh))
   shape = parts.model_config(config, tokens)
   model = parts.language_model(shape, tokens)
-  recipe = parts.recipe(config, model, tokens)
+  source = lookup.build(
+    'data', config.source, tokens, config.batch_size, config.seed
+  )
+  reward = parts.reward(config, tokens, source) if 'reward' in config else None
+  recipe = parts.recipe(config, model, tokens, reward)
   parts.check_start(config, recipe)
   schedule = train.Schedule(
     **{name: config[name] for name in train.Schedule._fields if name in config}
   )
-  updates = schedule.steps * recipe.updates
-  tx = lookup.build('system', config.optimizer, updates)
+  tx = lookup.build('system', config.optimizer, schedule.steps * recipe.updates)
   meshes.check_rows(mesh, config.batch_size, schedule.microbatches)
-  source = lookup.build(
-    'data', config.source, tokens, config.batch_size, schedule.seed
-  )
   origins, digests = parts.start(config, shape, tokens, recipe.init)
 
   if step is None:

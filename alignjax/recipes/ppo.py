@@ -80,8 +80,7 @@ def ppo(
     )
     returns = advantage + value
     if whiten_advantage:
-      weight = mask * batch['weight'][..., None]
-      advantage = values.whiten(advantage, weight)
+      advantage = values.whiten(advantage, mask * batch['weight'][..., None])
     return batch | {'advantage': advantage, 'returns': returns}
 
   def objective(bundle, batch, key):

@@ -19,26 +19,42 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.core import lookup
-from alignjax.core.types import Reward, UserError
+from alignjax.core.types import Key, Params, Reward, UserError
 
 Scores = Float[Array, 'B N K']
+Context = Mapping[str, Any]  # tokens, source, reward_model: what there is
 
 
-def build(
-  section: Mapping[str, Any], tokens: Any, source: Any = None
-) -> Reward:
-  """The reward of a section; one that asks for `source` gets it.
+def build(section: Mapping[str, Any], context: Context) -> Reward:
+  """The reward of a section.
 
-  Raises UserError where it needs the source's records and there is no source.
+  Its function gets `tokens` first, whatever it calls it, then what its other
+  positional parameters name: `source`, `reward_model` (a Model), or `context`
+  for all of it.
+
+  Raises UserError for what the context does not have.
   """
   fn = lookup.find('rewards', section['name'])
-  if 'source' not in inspect.signature(fn).parameters:
-    return lookup.build('rewards', section, tokens)
-  if source is None:
-    raise UserError(
-      f'reward {section["name"]!r} reads records of a source; there is none here'
-    )
-  return lookup.build('rewards', section, tokens, source)
+  given = []
+  for name, parameter in list(inspect.signature(fn).parameters.items())[1:]:
+    if parameter.kind is parameter.KEYWORD_ONLY:
+      continue
+    found = context if name == 'context' else context.get(name)
+    if found is None:
+      raise UserError(
+        f'reward {section["name"]!r} needs {name!r}, which is not here; here '
+        f'are {sorted(context)}'
+      )
+    given.append(found)
+  return lookup.build('rewards', section, context['tokens'], *given)
+
+
+def roles(reward: Reward) -> dict[str, Callable[[Key], Params]]:
+  """The frozen roles that a reward reads, and their initialisers."""
+  found = dict(getattr(reward, 'roles', {}))
+  for part in getattr(reward, 'parts', ()):
+    found |= roles(part)
+  return found
 
 
 def joined(
@@ -48,7 +64,7 @@ def joined(
 ) -> Reward:
   """The reward join(*scores of the parts), which tells `names`."""
 
-  def reward(bundle, batch, key):
+  def reward(bundle, batch, key) -> Any:
     return join(*[part(bundle, batch, key) for part in parts])
 
   reward.parts = tuple(parts)
@@ -58,12 +74,12 @@ def joined(
 
 
 def stack(
-  tokens: Any, source: Any, *, parts: dict, weights: dict | None = None
+  tokens: Any, context: Context, *, parts: dict, weights: dict | None = None
 ) -> Reward:
   """The weighted sum of several rewards, then each of them.
 
   Args:
-    tokens, source: for the parts.
+    tokens, context: for the parts.
     parts: name -> section of a reward.
     weights: name -> weight, default 1. A weight of 0 only logs.
 
@@ -78,7 +94,7 @@ def stack(
       raise UserError(
         f'reward.weights: no part {name!r}{lookup.nearest(name, parts)}'
       )
-  built = [build(part, tokens, source) for part in parts.values()]
+  built = [build(part, context) for part in parts.values()]
   factors = [float(weights.get(name, 1.0)) for name in parts]
   more = [
     f'{name}/{other}'
@@ -96,28 +112,33 @@ def stack(
 
 def affine(
   tokens: Any,
-  source: Any,
+  context: Context,
   *,
   part: dict,
   scale: float = 1.0,
   shift: float = 0.0,
 ) -> Reward:
   """scale * r + shift of a reward's first score."""
-  return _mapped(tokens, source, part, lambda r: scale * r + shift)
+  return _mapped(context, part, lambda r: scale * r + shift)
 
 
 def clipped(
-  tokens: Any, source: Any, *, part: dict, low: float = -1.0, high: float = 1.0
+  tokens: Any,
+  context: Context,
+  *,
+  part: dict,
+  low: float = -1.0,
+  high: float = 1.0,
 ) -> Reward:
   """A reward's first score, kept in [low, high]."""
   if not low < high:
     raise UserError(f'reward: low = {low} is not below high = {high}')
-  return _mapped(tokens, source, part, lambda r: jnp.clip(r, low, high))
+  return _mapped(context, part, lambda r: jnp.clip(r, low, high))
 
 
 def standardised(
   tokens: Any,
-  source: Any,
+  context: Context,
   *,
   part: dict,
   mean: float | None = None,
@@ -139,17 +160,19 @@ def standardised(
     raise UserError(
       f'reward: std = {std}: a reward that is always {mean} has no scale'
     )
-  return _mapped(tokens, source, part, lambda r: (r - mean) / std)
+  return _mapped(context, part, lambda r: (r - mean) / std)
 
 
-def transformed(tokens: Any, source: Any, *, part: dict, fn: str) -> Reward:
+def transformed(
+  tokens: Any, context: Context, *, part: dict, fn: str
+) -> Reward:
   """A function of a reward's first score; `fn` is its dotted name."""
-  return _mapped(tokens, source, part, lookup.find('rewards', fn))
+  return _mapped(context, part, lookup.find('rewards', fn))
 
 
 def bounded(
   tokens: Any,
-  source: Any,
+  context: Context,
   *,
   part: dict,
   limit_s: float = 10.0,
@@ -165,7 +188,7 @@ def bounded(
   The limit interrupts Python code in the main thread, which is where training
   scores; a call into C that never returns stays.
   """
-  inner = build(part, tokens, source)
+  inner = build(part, context)
   if not getattr(inner, 'host', False):
     raise UserError('reward: only a reward of the host can be bounded')
   if limit_s <= 0:
@@ -173,7 +196,7 @@ def bounded(
   known = tuple(getattr(inner, 'names', ('reward',)))
 
   def one(bundle, batch, key, row):
-    part = {name: np.asarray(x)[row : row + 1] for name, x in batch.items()}
+    part: Any = {n: np.asarray(x)[row : row + 1] for n, x in batch.items()}
     with _limit(limit_s):
       found = np.asarray(inner(bundle, part, key), np.float32)
     expected = (1, batch['mask'].shape[1], len(known))
@@ -183,7 +206,7 @@ def bounded(
       raise ValueError('a score that is not a finite number')
     return found[0]
 
-  def reward(bundle, batch, key):
+  def reward(bundle, batch, key) -> Any:
     rows, count, _ = np.shape(batch['mask'])
     out = np.zeros((rows, count, len(known) + 1), np.float32)
     for row in range(rows):
@@ -228,8 +251,8 @@ def _limit(seconds: float) -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def _mapped(tokens: Any, source: Any, part: Mapping[str, Any], fn) -> Reward:
-  inner = build(part, tokens, source)
+def _mapped(context: Context, part: Mapping[str, Any], fn) -> Reward:
+  inner = build(part, context)
 
   def join(scores):
     return jnp.concatenate([fn(scores[..., :1]), scores[..., 1:]], axis=-1)

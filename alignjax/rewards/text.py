@@ -34,7 +34,7 @@ def length(tokens: Any, *, target: int = 64, tolerance: int = 16) -> Reward:
       'least 0 and 1'
     )
 
-  def reward(bundle, batch, key):
+  def reward(bundle, batch, key) -> Any:
     del bundle, key
     count = np.asarray(batch['mask']).sum(-1)
     score = 1 - np.abs(count - target) / tolerance
@@ -77,12 +77,13 @@ def answer(
   """
 
   def expected(fact: dict[str, Any]) -> Decimal:
-    if field not in fact:
+    text = fact.get(field)
+    if text is None:
       raise UserError(
         f'reward.field: no {field!r} in record {fact.get("name")}; found '
         f'{sorted(fact)}'
       )
-    found = said(str(fact[field]))
+    found = said(str(text))
     if found is None:
       raise UserError(f'record {fact.get("name")}: no number in {field!r}')
     return found
@@ -90,7 +91,7 @@ def answer(
   expected(source.records([0])[0])  # before any compute
   stop = frozenset(tokens.stop)
 
-  def reward(bundle, batch, key):
+  def reward(bundle, batch, key) -> Any:
     del bundle, key
     facts = source.records(batch['id'])
     rows = zip(facts, np.asarray(batch['response']), np.asarray(batch['mask']))
@@ -180,7 +181,7 @@ def _of_text(tokens: Any, score: Callable[[str, str, bool], float]) -> Reward:
   def one(prompt: str, ids: list[int]) -> float:
     return score(prompt, tokens.decode(ids), bool(ids) and ids[-1] in stop)
 
-  def reward(bundle, batch, key):
+  def reward(bundle, batch, key) -> Any:
     del bundle, key
     prompts = [
       tokens.decode(row) for row in np.asarray(batch['prompt']).tolist()
