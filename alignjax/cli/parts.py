@@ -149,7 +149,7 @@ def recipe(
     else:
       parts.append(lookup.build(f'{name}s', config[name], tokens))
   made = lookup.build('recipes', config.recipe, *parts)
-  read = compose.roles(reward) if reward in parts else {}
+  read = compose.roles(reward) if reward and reward in parts else {}
   return made._replace(
     init={**made.init, **read}, follow={**made.follow, **dict.fromkeys(read)}
   )

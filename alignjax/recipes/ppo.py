@@ -66,8 +66,7 @@ def ppo(
     response_count=(response_count, 1, math.inf),
   )
   as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
-  policy = as_drawn(model.policy('policy'))
-  scalar = model.scalar('value')
+  policy, scalar = as_drawn(model.policy('policy')), model.scalar('value')
 
   @jax.jit
   def estimate(bundle, batch, key):
