@@ -77,6 +77,7 @@ def _calibrate(config, workdir: Path) -> None:
   if not origin:
     raise UserError('start.policy: no reference model is named')
   found = parts.opened(origin, shape, 'start.policy')
+  guests = parts.guests(config, tokens, compose.roles(reward))
   facts = {
     'format': calibrated.FORMAT,
     'rows': len(rows),
@@ -94,8 +95,7 @@ def _calibrate(config, workdir: Path) -> None:
     files.write(file, json.dumps(facts, indent=1) + '\n')
   if not out.exists():
     parts.compilation_cache(workdir)
-    bundle = parts.guests(config, tokens, compose.roles(reward))
-    bundle['policy'] = parts.load_params(found, shape)
+    bundle = {**guests, 'policy': parts.load_params(found, shape)}
     table = _table(workdir / PARTIAL, (len(rows), config.responses))
     _sample(config, model, bundle, rows, reward, table)
     table.flush()

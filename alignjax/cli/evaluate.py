@@ -109,6 +109,8 @@ def _evaluate(config, workdir: Path) -> None:
   from alignjax.rewards import compose
 
   setting = _setting(config)
+  roles = compose.roles(setting.reward)
+  guests = parts.guests(config, setting.tokens, roles)
   workdir.mkdir(parents=True, exist_ok=True)
   parts.compilation_cache(workdir)
   plain = configs.plain(config)
@@ -122,8 +124,6 @@ def _evaluate(config, workdir: Path) -> None:
     for name, directory in setting.directories.items()
   }
   reference = load(config.reference)
-  roles = compose.roles(setting.reward)
-  guests = parts.guests(config, setting.tokens, roles)
   others = [name for name in digests if name != config.reference]
   results = {}
   for name in (config.reference, *others):
