@@ -44,8 +44,8 @@ def init_state(
     tx: the optimizer.
     seed: parameters are drawn from it, per role.
     start: role -> parameters, or '@role' for a copy of another role.
-      Followers default to their leader. A role with a scalar head may start
-      from weights without one: its head is drawn.
+      Followers default to their leader. A role with a head of its own may
+      start from weights without one: its head is drawn.
     mesh, table: where leaves live; initialisation runs sharded.
     abstract: with a mesh: shapes and places only, nothing is allocated.
   """
@@ -100,8 +100,9 @@ def init_state(
 
 
 def _with_head(params: Params, init: Callable, key) -> Params:
-  if 'scalar_head' in jax.eval_shape(init, key):
-    return {'scalar_head': init(key)['scalar_head'], **params}
+  for head in ('scalar_head', 'embedding_head'):
+    if head in jax.eval_shape(init, key) and head not in params:
+      params = params | {head: init(key)[head]}
   return params
 
 

@@ -64,6 +64,7 @@ def _calibrate(config, workdir: Path) -> None:
   from alignjax.cli import parts
   from alignjax.core import lookup
   from alignjax.data import calibrated
+  from alignjax.rewards import compose
 
   tokens = parts.tokenizer(config.tokenizer)
   shape = parts.model_config(config, tokens)
@@ -71,11 +72,12 @@ def _calibrate(config, workdir: Path) -> None:
   rows = lookup.build(
     'data', config.source, tokens, config.batch_size, config.seed
   )
-  reward = lookup.build('rewards', config.reward, tokens)
+  reward = parts.reward(config, tokens, rows)
   origin = config.start.get('policy')
   if not origin:
     raise UserError('start.policy: no reference model is named')
   found = parts.opened(origin, shape, 'start.policy')
+  guests = parts.guests(config, tokens, compose.roles(reward))
   facts = {
     'format': calibrated.FORMAT,
     'rows': len(rows),
@@ -93,9 +95,9 @@ def _calibrate(config, workdir: Path) -> None:
     files.write(file, json.dumps(facts, indent=1) + '\n')
   if not out.exists():
     parts.compilation_cache(workdir)
-    params = parts.load_params(found, shape)
+    bundle = {**guests, 'policy': parts.load_params(found, shape)}
     table = _table(workdir / PARTIAL, (len(rows), config.responses))
-    _sample(config, model, params, rows, reward, table)
+    _sample(config, model, bundle, rows, reward, table)
     table.flush()
     os.replace(workdir / PARTIAL, out)
   rewards = calibrated.read(str(workdir), facts['prompts'], len(rows))
@@ -105,7 +107,7 @@ def _calibrate(config, workdir: Path) -> None:
   )
 
 
-def _sample(config, model, params, rows, reward, table) -> None:
+def _sample(config, model, bundle, rows, reward, table) -> None:
   import jax
 
   from alignjax import evaluate
@@ -120,7 +122,7 @@ def _sample(config, model, params, rows, reward, table) -> None:
   with metrics.progress('calibrate', len(rows)) as advance:
     evaluate.reference_rewards(
       write,
-      {'policy': params},
+      bundle,
       rows,
       reward,
       jax.random.key(config.seed),

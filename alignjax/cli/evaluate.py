@@ -86,7 +86,7 @@ def _setting(config) -> _Setting:
   return _Setting(
     tokens=tokens,
     shape=shape,
-    reward=lookup.build('rewards', config.reward, tokens),
+    reward=parts.reward(config, tokens, source),
     source=source,
     batches=[
       source.batch(k) for k in range(config.prompts // config.batch_size)
@@ -106,8 +106,11 @@ def _setting(config) -> _Setting:
 
 def _evaluate(config, workdir: Path) -> None:
   from alignjax.cli import parts
+  from alignjax.rewards import compose
 
   setting = _setting(config)
+  roles = compose.roles(setting.reward)
+  guests = parts.guests(config, setting.tokens, roles)
   workdir.mkdir(parents=True, exist_ok=True)
   parts.compilation_cache(workdir)
   plain = configs.plain(config)
@@ -135,7 +138,7 @@ def _evaluate(config, workdir: Path) -> None:
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
     kept = _kept(workdir / 'responses' / file, stamp)
     if kept is None:
-      bundle = {'policy': load(name), 'reference': reference}
+      bundle = {**guests, 'policy': load(name), 'reference': reference}
       label = f'evaluate {len(results) + 1}/{len(digests)} {name}'
       kept = _responses(config, setting, bundle, label, name)
       _keep(workdir / 'responses' / file, stamp, kept)

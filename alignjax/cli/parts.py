@@ -7,6 +7,7 @@ Nothing below this file reads a config.
 
 import inspect
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ import jax
 from ml_collections import ConfigDict
 
 from alignjax.core import lookup, tree
-from alignjax.core.types import Model, Params, Recipe, UserError
+from alignjax.core.types import Model, Params, Recipe, Reward, UserError
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 from alignjax.interop import open as files_of
 from alignjax.interop.opened import Opened
 from alignjax.models import decoder
 from alignjax.models.config import FREE, Config, to_json
 from alignjax.policies import lm
+from alignjax.rewards import compose
 from alignjax.system import model_dir
+
+# Roles that may be models of their own, in sections of their own, and the head
+# that they have.
+GUESTS = {
+  'teacher': 'tied',
+  'embedding': 'embedding',
+  'reward_model': 'scalar',
+}
 
 
 def compilation_cache(workdir: Path) -> None:
@@ -61,20 +71,25 @@ def model_config(config: ConfigDict, tokens: Any) -> Config:
 
 
 def teacher_config(config: ConfigDict, tokens: Any) -> Config:
-  """The decoder of the `teacher` section; the policy's where there is none.
+  """The decoder of the `teacher` section; see `guest_config`."""
+  return guest_config(config, 'teacher', tokens)
 
-  `teacher.path` is a model of any size, family and format. Its tokenizer, its
-  own file or `teacher.tokenizer`, must be the run's: ids are compared. Rows of
-  its embedding beyond the tokenizer are no tokens.
+
+def guest_config(config: ConfigDict, role: str, tokens: Any) -> Config:
+  """The decoder of a guest's section; the policy's where there is none.
+
+  A guest is a frozen role of any size, family and format, at `<role>.path`. Its
+  tokenizer, its own file or `<role>.tokenizer`, must be the run's: ids are
+  shared. Rows of its embedding beyond the tokenizer are no tokens.
   """
-  section = _teacher(config)
+  section = _guest(config, role)
   path = section.get('path')
   if not path:
     return model_config(config, tokens)
-  found = files_of.open(path)
+  found = files_of.open(path, head=GUESTS[role])
   if found.config.vocab_size < tokens.size:
     raise UserError(
-      f'teacher.path: {path} has {found.config.vocab_size} ids, fewer than the '
+      f'{role}.path: {path} has {found.config.vocab_size} ids, fewer than the '
       f'{tokens.size} of the tokenizer'
     )
   # A plan may stand in for a tokenizer that is not here.
@@ -82,21 +97,40 @@ def teacher_config(config: ConfigDict, tokens: Any) -> Config:
     file = section.get('tokenizer') or found.tokenizer or ''
     if fingerprint(tokenizer(str(file))) != fingerprint(tokens):
       raise UserError(
-        f'teacher.path: {path} has another tokenizer '
+        f'{role}.path: {path} has another tokenizer '
         f'({file or "no file, so bytes"}) than the run '
-        f'({tokens.path or "bytes"}), expected the same; for a teacher '
-        'without its tokenizer file set teacher.tokenizer'
+        f'({tokens.path or "bytes"}), expected the same; for a model '
+        f'without its tokenizer file set {role}.tokenizer'
       )
   return found.config
 
 
-def _teacher(config: ConfigDict) -> dict[str, Any]:
-  section: Any = config.get('teacher')
+def _guest(config: ConfigDict, role: str) -> dict[str, Any]:
+  section: Any = config.get(role)
   return dict(section or {})
 
 
-def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
-  """The recipe of a config, with the parts that its signature names."""
+def reward(config: ConfigDict, tokens: Any, source: Any) -> Reward:
+  """The reward of a config, of as many parts as it likes."""
+  return compose.build(
+    config.reward,
+    {
+      'tokens': tokens,
+      'source': source,
+      'reward_model': language_model(
+        guest_config(config, 'reward_model', tokens), tokens
+      ),
+    },
+  )
+
+
+def recipe(
+  config: ConfigDict, model: Model, tokens: Any, reward: Reward | None = None
+) -> Recipe:
+  """The recipe of a config, with the parts that its signature names.
+
+  Roles that only the reward reads are among its own.
+  """
   fn = lookup.find('recipes', config.recipe.name)
   parts = []
   for name, parameter in inspect.signature(fn).parameters.items():
@@ -104,15 +138,21 @@ def recipe(config: ConfigDict, model: Model, tokens: Any) -> Recipe:
       continue
     if name == 'model':
       parts.append(model)
-    elif name == 'teacher':
-      parts.append(language_model(teacher_config(config, tokens), tokens))
+    elif name in GUESTS:
+      parts.append(language_model(guest_config(config, name, tokens), tokens))
     elif name not in config:
       raise UserError(
         f'recipe {config.recipe.name!r} needs a section {name!r} in the config'
       )
+    elif name == 'reward':
+      parts.append(reward)
     else:
       parts.append(lookup.build(f'{name}s', config[name], tokens))
-  return lookup.build('recipes', config.recipe, *parts)
+  made = lookup.build('recipes', config.recipe, *parts)
+  read = compose.roles(reward) if reward and reward in parts else {}
+  return made._replace(
+    init={**made.init, **read}, follow={**made.follow, **dict.fromkeys(read)}
+  )
 
 
 def load_params(found: Opened, what: Config) -> Params:
@@ -132,9 +172,11 @@ def digest(found: Opened) -> str:
   return model_dir.digest_of(sums)
 
 
-def opened(path: str, config: Config, what: str) -> Opened:
+def opened(
+  path: str, config: Config, what: str, *, head: str = 'tied'
+) -> Opened:
   """A model on disk, which must be of `config`."""
-  found = files_of.open(path)
+  found = files_of.open(path, head=head)
   # How it is computed is free; what is computed is not.
   expected = to_json(config)
   differ = [
@@ -153,7 +195,7 @@ def check_start(config: ConfigDict, recipe: Recipe) -> None:
   Weights that are never trained and come from no file would be noise. '' says
   that this is meant.
   """
-  told = {*config.start, *(['teacher'] if _teacher(config).get('path') else [])}
+  told = {*config.start, *_paths(config)}
   for role, follow in recipe.follow.items():
     if follow is None and role not in told:
       raise UserError(
@@ -163,33 +205,56 @@ def check_start(config: ConfigDict, recipe: Recipe) -> None:
 
 
 def start(
-  config: ConfigDict, policy: Config, tokens: Any
+  config: ConfigDict, policy: Config, tokens: Any, roles: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """(role -> parameters or '@role', role -> digest of what was read).
 
-  From the sections `start` and `teacher`: a role is of the policy's shape,
-  but the teacher at `teacher.path` is of its own.
+  From the section `start` and those of guests: a role is of the policy's shape,
+  but one at `<role>.path` is of its own. `roles` are those of the recipe, which
+  may have no use for a guest.
   """
   begin = {role: origin for role, origin in config.start.items() if origin}
-  teacher = _teacher(config).get('path')
-  if teacher and 'teacher' in begin:
-    raise UserError(
-      f'start.teacher = {begin["teacher"]!r} and teacher.path = {teacher!r}: '
-      'expected one of them'
-    )
-  if teacher:
-    begin['teacher'] = teacher
+  guests = _paths(config)
+  for role, path in guests.items():
+    if role in begin:
+      raise UserError(
+        f'start.{role} = {begin[role]!r} and {role}.path = {path!r}: '
+        'expected one of them'
+      )
+    if role in roles:
+      begin[role] = path
   origins, digests = {}, {}
   for role, origin in begin.items():
     if origin.startswith('@'):
       origins[role] = origin
       continue
-    own = teacher and role == 'teacher'
-    shape = teacher_config(config, tokens) if own else policy
-    found = opened(origin, shape, 'teacher.path' if own else f'start.{role}')
+    own = role in guests
+    shape = guest_config(config, role, tokens) if own else policy
+    what = f'{role}.path' if own else f'start.{role}'
+    found = opened(origin, shape, what, head=GUESTS.get(role, 'tied'))
     origins[role] = load_params(found, shape)
     digests[role] = digest(found)
   return origins, digests
+
+
+def guests(
+  config: ConfigDict, tokens: Any, roles: Iterable[str]
+) -> dict[str, Params]:
+  """Parameters of roles that are models of their own."""
+  paths, found = _paths(config), {}
+  for role in roles:
+    if role not in paths:
+      raise UserError(f'{role}.path: no model is named, and one is needed')
+    shape = guest_config(config, role, tokens)
+    what = opened(paths[role], shape, f'{role}.path', head=GUESTS[role])
+    found[role] = load_params(what, shape)
+  return found
+
+
+def _paths(config: ConfigDict) -> dict[str, str]:
+  """Guest -> path, of those that have one."""
+  found = {role: _guest(config, role).get('path') for role in GUESTS}
+  return {role: path for role, path in found.items() if path}
 
 
 def language_model(config: Config, tokens: Any) -> Model:

@@ -138,7 +138,7 @@ def _composed(job: dict[str, Any], devices: Sequence[Any] | None) -> Any:
   from alignjax.cli import parts
   from alignjax.core import lookup
   from alignjax.models import sharding
-  from alignjax.plan import programs
+  from alignjax.plan import programs, stand_ins
   from alignjax.plan.batch import source_batch
   from alignjax.system import mesh as meshes
 
@@ -153,8 +153,12 @@ def _composed(job: dict[str, Any], devices: Sequence[Any] | None) -> Any:
   shape = parts.model_config(config, tokens)
   changes = {k: job[k] for k in ('layers', 'remat') if job[k] is not None}
   shape = dataclasses.replace(shape, **changes)
-  _without_host(config, tokens)
-  recipe = parts.recipe(config, parts.language_model(shape, tokens), tokens)
+  reward = None
+  if 'reward' in config:
+    reward = parts.reward(config, tokens, stand_ins.Records())
+    reward = stand_ins.without_host(reward)
+  model = parts.language_model(shape, tokens)
+  recipe = parts.recipe(config, model, tokens, reward)
   names = train.Schedule._fields
   schedule = train.Schedule(**{k: config[k] for k in names if k in config})
   if job['microbatches'] is not None:
@@ -169,31 +173,16 @@ def _composed(job: dict[str, Any], devices: Sequence[Any] | None) -> Any:
   return found, mesh, shape, schedule
 
 
-def _without_host(config, tokens) -> None:
-  """A reward of the host leaves only its shapes: nothing of it compiles."""
-  from ml_collections import ConfigDict
-
-  from alignjax.core import lookup
-
-  if 'reward' not in config:
-    return
-  reward = lookup.build('rewards', config.reward, tokens)
-  if getattr(reward, 'host', False):
-    names = tuple(getattr(reward, 'names', ('reward',)))
-    name = 'alignjax.plan.programs.unscored'
-    config.reward = ConfigDict({'name': name, 'names': names})
-
-
 def _tokens(config):
   """The run's tokenizer, or a stand-in where its file is not here."""
   from alignjax.cli import parts
   from alignjax.core import lookup
-  from alignjax.plan import programs
+  from alignjax.plan import stand_ins
 
   path = config.get('tokenizer')
   if not path or Path(path).exists() or config.model['name'] == 'start':
     return parts.tokenizer(path)
-  return programs.Tokens(lookup.build('models', config.model).vocab_size)
+  return stand_ins.Tokens(lookup.build('models', config.model).vocab_size)
 
 
 def _measured(job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -166,11 +166,12 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _best(args, tokenizer, prompt, texts) -> list[str]:
+  import jax
   import numpy as np
 
-  from alignjax.core import lookup
+  from alignjax.rewards import compose
 
-  reward = lookup.find('rewards', args.reward)(tokenizer)
+  reward = compose.build({'name': args.reward}, {'tokens': tokenizer})
   prompt_ids = tokenizer.encode(prompt)
   encoded = [tokenizer.encode(text) for text in texts]
   width = max(map(len, encoded)) + 1
@@ -184,7 +185,7 @@ def _best(args, tokenizer, prompt, texts) -> list[str]:
     'response': response,
     'mask': np.arange(width) < lengths[..., None],
   }
-  scores = reward({}, batch, None)[0, :, 0]
+  scores = reward({}, batch, jax.random.key(0))[0, :, 0]
   return [texts[i] for i in np.argsort(-scores, kind='stable')[: args.n]]
 
 

@@ -104,18 +104,18 @@ def _train(config, workdir: Path, step: int | None) -> int:
   mesh = meshes.make(dict(config.mesh))
   shape = parts.model_config(config, tokens)
   model = parts.language_model(shape, tokens)
-  recipe = parts.recipe(config, model, tokens)
+  source = lookup.build(
+    'data', config.source, tokens, config.batch_size, config.seed
+  )
+  reward = parts.reward(config, tokens, source) if 'reward' in config else None
+  recipe = parts.recipe(config, model, tokens, reward)
   parts.check_start(config, recipe)
   schedule = train.Schedule(
     **{name: config[name] for name in train.Schedule._fields if name in config}
   )
-  updates = schedule.steps * recipe.updates
-  tx = lookup.build('system', config.optimizer, updates)
+  tx = lookup.build('system', config.optimizer, schedule.steps * recipe.updates)
   meshes.check_rows(mesh, config.batch_size, schedule.microbatches)
-  source = lookup.build(
-    'data', config.source, tokens, config.batch_size, schedule.seed
-  )
-  origins, digests = parts.start(config, shape, tokens)
+  origins, digests = parts.start(config, shape, tokens, recipe.init)
 
   if step is None:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -197,10 +197,18 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
       config=to_json(shape),
       params={'policy': leaves},
       provenance=provenance | {'role': role},
-      head='scalar(1)' if 'scalar_head' in named else 'tied',
+      head=_head(named),
       tokenizer=config.tokenizer or None,
       overwrite=True,
     )
+
+
+def _head(leaves) -> str:
+  """What model.json says of the head of these leaves."""
+  for kind in ('scalar', 'embedding'):
+    if f'{kind}_head' in leaves:
+      return f'{kind}({leaves[f"{kind}_head"].shape[-1]})'
+  return 'tied'
 
 
 def _say(workdir: Path, text: str) -> None:

@@ -157,6 +157,7 @@ class Policy(NamedTuple):
 
 
 Scalar = Callable[[Bundle, Batch], Array]  # -> float32 [B, N, R]
+Embed = Callable[[Bundle, Batch], Array]  # -> float32 [B, N, E], unit rows
 
 
 class Model(NamedTuple):
@@ -171,6 +172,11 @@ class Model(NamedTuple):
     scalar_init: key -> Params of the same net with a scalar head.
     scalar: role -> Scalar. Response token i gets the number of what precedes
       it: the prompt and i tokens.
+    bare: role -> Policy, raw logits of every row: what combinations are made
+      of. `policy(role)` is `legal(bare(role))`.
+    legal: Policy -> the same over legal tokens only.
+    embed_init: (key, size) -> Params of the same net with an embedding head.
+    embed: role -> Embed: a vector for each response, whatever its prompt.
   """
 
   init: Callable[[Key], Params]
@@ -179,6 +185,10 @@ class Model(NamedTuple):
   pad: int
   scalar_init: Callable[[Key], Params]
   scalar: Callable[[str], Scalar]
+  bare: Callable[[str], Policy]
+  legal: Callable[[Policy], Policy]
+  embed_init: Callable[..., Params]
+  embed: Callable[[str], Embed]
 
 
 Objective = Callable[[Bundle, Batch, Key], tuple[Loss, Metrics]]

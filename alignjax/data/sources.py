@@ -165,8 +165,9 @@ def prompts(
   By default a prompt is the beginning of a piece of a document, cut at a line
   end (in a piece of one line, between words) so that something is left to
   write. With `whole` the text of a row or file is the prompt, and one that
-  does not fit is an error. With `response_tokens` the row's response is what
-  follows, cut to so many tokens.
+  does not fit is an error; the other fields of a JSONL row (a reference answer)
+  are among the facts of its record. With `response_tokens` the response of a
+  row is what follows, cut to so many tokens.
   """
   if whole and response_tokens:
     raise UserError('source.response_tokens: nothing follows a whole text')
@@ -176,33 +177,40 @@ def prompts(
       path, field=field, pattern=pattern, max_bytes=max_bytes
     )
     heads = [(d.name, d.text, '') for d in found]
+    known = {d.name: d.fields for d in found}
   else:
     pieces = _pieces(path, field, pattern, max_bytes, 128, part, held_out)
     heads = _heads(tokenizer, pieces, budget)
+    known = {}
   if not heads:
     raise UserError(
       f'{path or "stdlib"}: no text is long enough for a prompt of up to '
       f'{prompt_tokens} tokens'
     )
-  encoded = tokenizer.encode_batch([head for _, head, _ in heads])
-  out = np.full((len(heads), prompt_tokens), tokenizer.pad, np.int32)
-  for i, ids in enumerate(encoded):
-    if len(ids) > budget:
-      raise UserError(
-        f'{heads[i][0]}: a prompt of {len(ids) + 1} tokens is longer than '
-        f'the context for prompts, {prompt_tokens} (source.prompt_tokens)'
-      )
-    ids = [tokenizer.bos, *ids]
-    out[i, -len(ids) :] = ids
   facts = [
-    {'name': name, 'prompt': head, 'reference': rest}
+    known.get(name, {}) | {'name': name, 'prompt': head, 'reference': rest}
     for name, head, rest in heads
   ]
-  fields = {'prompt': out}
+  fields = {'prompt': _left_padded(tokenizer, heads, prompt_tokens)}
   if response_tokens:
     rests = [rest for _, _, rest in heads]
     fields |= _responses(tokenizer, rests, response_tokens)
   return Rows(fields, facts, batch_size, seed)
+
+
+def _left_padded(tokenizer, heads, width: int) -> np.ndarray:
+  """BOS and prompt of (name, prompt, rest), int32 [rows, width]."""
+  encoded = tokenizer.encode_batch([head for _, head, _ in heads])
+  out = np.full((len(heads), width), tokenizer.pad, np.int32)
+  for i, ids in enumerate(encoded):
+    if len(ids) >= width:
+      raise UserError(
+        f'{heads[i][0]}: a prompt of {len(ids) + 1} tokens is longer than '
+        f'the context for prompts, {width} (source.prompt_tokens)'
+      )
+    ids = [tokenizer.bos, *ids]
+    out[i, -len(ids) :] = ids
+  return out
 
 
 def _responses(tokenizer, texts, length: int) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alignjax.core.types import UserError
 
@@ -25,10 +25,14 @@ _CONTINUES = re.compile(r'[)\]}\s]|(?:else|elif|except|finally)\b')
 
 
 class Document(NamedTuple):
-  """A text and a name that stays the same from run to run."""
+  """A text and a name that stays the same from run to run.
+
+  Of a JSONL row, `fields` are its other fields.
+  """
 
   name: str
   text: str
+  fields: dict[str, Any] = {}
 
 
 def documents(
@@ -150,22 +154,23 @@ def _rows(
       if b'\0' in line:
         raise UserError(f'{path}: binary (NUL in row {number}), expected JSONL')
       try:
-        text = _row(line, field)
+        row = _row(line, field)
       except UserError as error:
         bad.append(f'{path}: row {number} {error}')
         continue
+      text = row.pop(field)
       left -= len(text.encode())
       if left < 0 and found:
         break
-      found.append(Document(f'{path.name}:{number}', text))
+      found.append(Document(f'{path.name}:{number}', text, row))
   _check_bad(path, 'rows', bad, number, max_bad)
   if not found:
     raise UserError(bad[0] if bad else f'{path}: empty, expected JSON rows')
   return found
 
 
-def _row(line: bytes, field: str) -> str:
-  """The text of one row; the error is the end of a sentence."""
+def _row(line: bytes, field: str) -> dict[str, Any]:
+  """A row with text in `field`; the error is the end of a sentence."""
   try:
     row = json.loads(line.decode('utf-8'))
   except UnicodeDecodeError as error:
@@ -194,7 +199,7 @@ def _row(line: bytes, field: str) -> str:
     raise UserError(
       f'has half a surrogate pair in field {field!r} (character {error.start})'
     ) from error
-  return text.replace('\r\n', '\n')
+  return row | {field: text.replace('\r\n', '\n')}
 
 
 def _check_bad(

@@ -31,6 +31,7 @@ def open(  # noqa: A001
   *,
   role: str = 'policy',
   window_self: bool | None = None,
+  head: str = 'tied',
 ) -> Opened:
   """What a model directory of any format holds; no weights are read.
 
@@ -38,6 +39,8 @@ def open(  # noqa: A001
     path: the directory; local, or gs:// where the format allows.
     role: which params of one of our directories.
     window_self: overrides how the window counts (see Config).
+    head: what the model must have on top: 'tied' makes it a language model,
+      'embedding' one of recipe embed.
 
   Raises UserError if there is no model, or one that is not sound.
   """
@@ -47,7 +50,9 @@ def open(  # noqa: A001
   if not path.is_dir():
     raise _not_a_directory(path)
   if (path / 'model.json').exists():
-    return _ours(path, role, window_self)
+    return _ours(path, role, window_self, head)
+  if head != 'tied':
+    raise UserError(f'{path} has no {head} head: only ours have')
   names = sorted(file.name for file in path.iterdir())
   if role != 'policy':
     raise UserError(f'{path} has no roles, so no {role!r}: only ours have')
@@ -95,13 +100,18 @@ def _not_a_directory(path: epath.Path) -> UserError:
   return UserError(f'{path} is a file, expected the directory of a model')
 
 
-def _ours(path: epath.Path, role: str, window_self: bool | None) -> Opened:
+def _ours(
+  path: epath.Path, role: str, window_self: bool | None, head: str
+) -> Opened:
   found = model_dir.read(path)
-  for field, expected in (('view', 'plain'), ('head', 'tied')):
-    if (value := getattr(found, field)) != expected:
+  kind = 'a plain language' if head == 'tied' else f'an {head}'
+  for field, value, expected in (
+    ('view', found.view, 'plain'),
+    ('head', found.head.partition('(')[0], head),
+  ):
+    if value != expected:
       raise UserError(
-        f'{path}: {field} is {value!r}, expected {expected!r}: not a plain'
-        ' language model'
+        f'{path}: {field} is {value!r}, expected {expected!r}: not {kind} model'
       )
   values = dict(found.config)
   if window_self is not None:
@@ -109,7 +119,8 @@ def _ours(path: epath.Path, role: str, window_self: bool | None) -> Opened:
   leaves = model_dir.leaves(found, role)
   config = from_json(values)
   if role == 'policy':
-    _check(path, config, leaves)
+    trunk = {k: v for k, v in leaves.items() if k != f'{head}_head'}
+    _check(path, config, trunk)
   # Their names have dots where ours have slashes.
   source = found.provenance.get('source', {})
   joint = '.' if source.get('format') == 'hf' else '/'

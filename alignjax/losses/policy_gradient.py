@@ -6,7 +6,7 @@ gradient from a stage, so that nothing here depends on how a batch was split.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 BASELINES = ('leave_one_out', 'none')
 
@@ -62,6 +62,32 @@ def leave_one_out(
   total = jnp.sum(weighted, axis=axis, keepdims=True) - weighted
   count = jnp.sum(weight, axis=axis, keepdims=True) - weight
   return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0.0)
+
+
+def leave_pairs_out(
+  returns: Float[Array, 'B N'],
+  weight: Float[Array, 'B N'],
+  prompt_id: Int[Array, 'B'],
+) -> Float[Array, 'B N']:
+  """Baseline of a response's mean score in pairs: what others have without it.
+
+  For returns R_i = sum_{j != i} r(y_i, y_j) / (N - 1) with a symmetric r. The
+  other R_j contain y_i, and their mean would shrink the gradient by
+  (N - 2) / (N - 1), to nothing at N = 2. Where N > 2 this is the mean of r over
+  the pairs of the other responses,
+  sum_{j != k; j, k != i} r(y_j, y_k) / ((N - 1) (N - 2)); else the weighted
+  mean return of the batch's other prompts, 0 where there are none.
+  """
+  count = returns.shape[1]
+  if count > 2:
+    total = jnp.sum(returns, axis=1, keepdims=True)
+    return (total - 2 * returns) / (count - 2)
+  # A prompt may have several rows of a batch.
+  other = (prompt_id[:, None] != prompt_id[None]).astype(jnp.float32)
+  total = other @ jnp.sum(returns * weight, axis=1, keepdims=True)
+  found = other @ jnp.sum(weight, axis=1, keepdims=True)
+  mean = jnp.where(found > 0, total / jnp.where(found > 0, found, 1), 0.0)
+  return jnp.broadcast_to(mean, returns.shape)
 
 
 def group_advantage(

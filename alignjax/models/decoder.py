@@ -24,7 +24,7 @@ from alignjax.models import cache as caches
 from alignjax.models import recurrent, sharding
 from alignjax.models.attention import Attention
 from alignjax.models.config import Config
-from alignjax.models.layers import FeedForward, rms_norm
+from alignjax.models.layers import FeedForward, rms_norm, unit
 
 _keep = jax.checkpoint_policies.save_only_these_names
 # What a layer keeps for its backward pass, from least to most memory: nothing
@@ -99,6 +99,14 @@ def init_scalar(config: Config, key) -> Params:
   return init(config, key) | {'scalar_head': head}
 
 
+def init_embedder(config: Config, key, size: int) -> Params:
+  """`init` with an embedding head of `size` dimensions, drawn by fan-in."""
+  shape = (config.width, size)
+  head = jax.random.normal(jax.random.fold_in(key, config.layers), shape)
+  params = init(config, key)
+  return params | {'embedding_head': head * config.width**-0.5}
+
+
 def shapes(config: Config) -> dict[str, Any]:
   """Shapes and dtypes of the canonical tree; allocates nothing."""
   # One cycle of the pattern is traced; deeper layers repeat it.
@@ -138,7 +146,7 @@ def cast(config: Config, params: Params) -> Params:
   """
 
   def leaf(name, x):
-    exact = re.fullmatch(r'(.*/)?(\w+_norm|a_param|scalar_head)', name)
+    exact = re.fullmatch(r'(.*/)?(\w+_norm|a_param|\w+_head)', name)
     return x if exact else x.astype(config.dtype)
 
   return sharding.stored(tree.map_named(leaf, params))
@@ -256,6 +264,19 @@ def unembed(
 def scalar(params: Params, x: Float[Array, '... D']) -> Float[Array, '...']:
   """One float32 number per position of features: the head of `init_scalar`."""
   return (x.astype(jnp.float32) @ params['scalar_head'])[..., 0]
+
+
+def embedding(
+  params: Params, x: Float[Array, 'B T D'], mask: Array
+) -> Float[Array, 'B E']:
+  """One unit vector per row: the head of `init_embedder` on the mean feature.
+
+  The mean is over True of mask [B, T]; a row of none gets zeros.
+  """
+  weight = mask[..., None].astype(jnp.float32)
+  total = jnp.sum(x.astype(jnp.float32) * weight, axis=1)
+  mean = total / jnp.maximum(jnp.sum(weight, axis=1), 1)
+  return unit(mean @ params['embedding_head'])
 
 
 def apply(

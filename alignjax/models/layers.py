@@ -28,6 +28,12 @@ def rms_norm(
   return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
+def unit(x: Float[Array, '... D']) -> Float[Array, '... D']:
+  """x / |x|, with zeros left as they are."""
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
 def rope(
   x: Float[Array, 'B T H h'],
   position: Int[Array, 'B T'],

@@ -27,7 +27,7 @@ TABLE = (
   (r'.*/ffw/(gate|up)_bias', ('tensor',)),
   (r'.*/(recurrent/out|attn/o|ffw/down)_bias', (None,)),
   (r'(.*/)?\w+_norm', (None,)),
-  (r'(.*/)?scalar_head', (None, None)),
+  (r'(.*/)?(scalar|embedding)_head', (None, None)),
 )
 
 

@@ -7,7 +7,8 @@ on it, through the same recipes, stages, losses and optimizer as a decoder.
 
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Bundle, Model, Policy, Scalar
+from alignjax.core.types import Batch, Bundle, Embed, Model, Policy, Scalar
+from alignjax.models.layers import unit
 
 
 def tabular(logits) -> Model:
@@ -20,6 +21,10 @@ def tabular(logits) -> Model:
     pad=0,
     scalar_init=lambda key: {'values': jnp.zeros(len(logits))},
     scalar=_scalar,
+    bare=_policy,
+    legal=lambda policy: policy,
+    embed_init=lambda key, size=0: {'vectors': jnp.eye(logits.shape[-1])},
+    embed=_embed,
   )
 
 
@@ -58,3 +63,13 @@ def _scalar(role: str) -> Scalar:
     return jnp.broadcast_to(found[:, None, None], batch['response'].shape)
 
   return values
+
+
+def _embed(role: str) -> Embed:
+  """A table of one vector per token; a response has their mean, unit norm."""
+
+  def embed(bundle: Bundle, batch: Batch):
+    found = bundle[role]['vectors'][batch['response']]
+    return unit(jnp.sum(found * batch['mask'][..., None], axis=-2))
+
+  return embed

@@ -18,28 +18,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from alignjax import train
-from alignjax.core.types import Batch, Recipe, TrainState, UserError
+from alignjax.core.types import (
+  Batch,
+  Recipe,
+  TrainState,
+  UserError,
+)
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.step import init_state
 from alignjax.system import mesh as meshes
-
-
-class Tokens(NamedTuple):
-  """A stand-in for a tokenizer file that is not here: every row is legal."""
-
-  size: int
-  pad: int = 0
-  eos: int = 1
-  bos: int = 2
-  stop: tuple[int, ...] = (1,)
-  illegal: tuple[int, ...] = (0, 2)
-  system: bool = False
-
-  def decode(self, ids) -> str:
-    """No text: what a host reward sees while shapes are found."""
-    del ids
-    return ''
 
 
 class Program(NamedTuple):
@@ -67,18 +55,6 @@ class Program(NamedTuple):
   length: int
   new: int = 0
   count: int = 1
-
-
-def unscored(tokens, *, names: tuple[str, ...] = ('reward',)):
-  """A reward of shapes only, in place of one that runs on the host."""
-  del tokens
-
-  def reward(bundle, batch, key):
-    del bundle, key
-    return jnp.zeros((*batch['response'].shape[:2], len(names)), jnp.float32)
-
-  reward.names = tuple(names)
-  return reward
 
 
 def abstract_mesh(axes: Mapping[str, int], devices: int) -> AbstractMesh:

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Bundle, Model, Params, Policy, Scalar
+from alignjax.core.types import (
+  Batch,
+  Bundle,
+  Embed,
+  Model,
+  Params,
+  Policy,
+  Scalar,
+)
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.policies.combine import restrict
@@ -45,13 +53,24 @@ def model(config: Config, tokenizer) -> Model:
   illegal = sorted(
     set(tokenizer.illegal) | set(range(tokenizer.size, config.vocab_size))
   )
+
+  def bare(role: str) -> Policy:
+    return lm(config, role, tokenizer.pad)
+
+  def legal(policy: Policy) -> Policy:
+    return restrict(policy, illegal)
+
   return Model(
     init=lambda key: decoder.init(config, key),
-    policy=lambda role: restrict(lm(config, role, tokenizer.pad), illegal),
+    policy=lambda role: legal(bare(role)),
     stop=tuple(tokenizer.stop),
     pad=tokenizer.pad,
     scalar_init=lambda key: decoder.init_scalar(config, key),
     scalar=lambda role: scalar(config, role, tokenizer.pad),
+    bare=bare,
+    legal=legal,
+    embed_init=lambda key, size=64: decoder.init_embedder(config, key, size),
+    embed=lambda role: embedder(config, role),
   )
 
 
@@ -155,6 +174,25 @@ def scalar(config: Config, role: str, pad: int = 0) -> Scalar:
     return decoder.scalar(weights.scanned, x)
 
   return values
+
+
+def embedder(config: Config, role: str) -> Embed:
+  """The decoder of `role` up to a mean over a response; see `Model.embed`.
+
+  The response is read alone, from position 0; a response without tokens gets
+  zeros.
+  """
+
+  def embed(bundle: Bundle, batch: Batch):
+    params = decoder.cast(config, bundle[role])
+    shape = batch['response'].shape
+    tokens = batch['response'].reshape(-1, shape[-1])
+    mask = batch['mask'].reshape(-1, shape[-1])
+    position = jnp.where(mask, jnp.cumsum(mask, axis=-1) - 1, -1)
+    x = decoder.features(config, params, tokens, position.astype(jnp.int32))
+    return decoder.embedding(params, x, mask).reshape(*shape[:-1], -1)
+
+  return embed
 
 
 def _to_the_right(prompt, pad: int):

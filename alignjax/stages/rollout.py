@@ -27,8 +27,13 @@ def rollout(
   """A stage that samples count responses from each (policy, count), in order.
 
   Writes response, mask, sample_logp [B, N, R] and weight [B, N] = 1, where N
-  is the sum of counts.
+  is the sum of counts. UserError if there is no room for a token.
   """
+  if max_new_tokens < 1:
+    raise UserError(
+      f'recipe.max_new_tokens: found {max_new_tokens}, expected room for a '
+      'response: 1 or more'
+    )
 
   @jax.jit
   def stage(bundle, batch, key):

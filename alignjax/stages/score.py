@@ -1,5 +1,6 @@
 """Numbers about responses: rewards, reference log-probabilities, summaries."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from alignjax.core.types import (
 from alignjax.losses.logprob import token_logp
 from alignjax.system import rows
 
+FLAT = 5  # batches of one and the same reward before a word on it
 HOST_FIELDS = ('id', 'prompt', 'response', 'mask')
 
 
@@ -28,16 +30,18 @@ def score(reward: Reward) -> Stage:
   """A stage that writes rewards [B, N, K] and reward = rewards[..., 0].
 
   A reward that says `host = True` gets NumPy arrays of the rows that this
-  process owns, and answers for those; its answers become a global array.
+  process owns, and answers for those; its answers become a global array. Of a
+  reward made of `parts` each runs where it belongs, and its `join` puts them
+  together.
 
   Raises:
     UserError: one that does not say so reads what other hosts hold.
   """
-  scored = _on_host(reward) if getattr(reward, 'host', False) else reward
+  scored = _placed(reward)
 
   def stage(bundle, batch, key):
     try:
-      rewards = scored(bundle, batch, key)
+      rewards = _checked(scored(bundle, batch, key), batch)
     except RuntimeError as error:
       if 'non-addressable' not in str(error):
         raise
@@ -50,15 +54,58 @@ def score(reward: Reward) -> Stage:
   return stage
 
 
+def _placed(reward: Reward) -> Reward:
+  parts = getattr(reward, 'parts', ())
+  if parts:
+    inner = [_placed(part) for part in parts]
+    return lambda *about: reward.join(*[part(*about) for part in inner])
+  return _on_host(reward) if getattr(reward, 'host', False) else reward
+
+
+def _checked(rewards, batch: Batch):
+  expected = batch['response'].shape[:2]
+  if rewards.ndim != 3 or rewards.shape[:2] != expected:
+    raise UserError(
+      f'the reward returned shape {rewards.shape}, expected [B, N, K] with '
+      f'B = {expected[0]} and N = {expected[1]}'
+    )
+  return rewards
+
+
 def _on_host(reward: Reward) -> Reward:
   """`reward` of the rows that this process owns, as an array of all rows."""
 
+  alike = 0  # batches in a row
+
   def scored(bundle, batch, key):
+    nonlocal alike
     mine: Any = rows.to_host(batch, HOST_FIELDS)
     values = np.asarray(reward(bundle, mine, key))
+    _check_numbers(values, mine)
+    alike = alike + 1 if values.size > 1 and np.ptp(values[..., 0]) == 0 else 0
+    if alike == FLAT:
+      print(
+        f'every response of the last {FLAT} batches has the reward '
+        f'{values.flat[0]:g}: where all are alike nothing is preferred, and '
+        'only a pull to a reference or anchor moves the policy',
+        file=sys.stderr,
+        flush=True,
+      )
     return rows.from_host(values, batch['response'])
 
   return scored
+
+
+def _check_numbers(values: np.ndarray, batch: Any) -> None:
+  bad = np.argwhere(~np.isfinite(values))
+  if bad.size:
+    row, response, which = bad[0]
+    raise UserError(
+      f'the reward of response {response} to the prompt of row '
+      f'{int(batch["id"][row])} of the source is {values[row, response, which]}'
+      f" (score {which}), expected a finite number; 'compose.bounded' puts one "
+      'in its place'
+    )
 
 
 def reference(policy: Policy, *, first: int | None = None) -> Stage:

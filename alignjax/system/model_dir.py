@@ -46,7 +46,7 @@ class ModelDir(NamedTuple):
     config: the decoder config as plain JSON.
     roles: names under `params/`.
     view: plain, conditioned or lora.
-    head: tied, untied or scalar(k).
+    head: tied, untied, scalar(k) or embedding(k).
     provenance: where the weights come from, as JSON.
     checksums: role -> leaf name -> crc32 of its bytes, in hex.
     tokenizer: the tokenizer file, or None.

@@ -51,7 +51,7 @@ def test_jsonl_rows(tmp_path):
   file.write_text('\n\n'.join(map(json.dumps, rows)))
   assert documents(str(file), field='body') == [
     Document('rows.jsonl:1', 'a\nb'),
-    Document('rows.jsonl:3', 'ü'),
+    Document('rows.jsonl:3', 'ü', {'n': 1}),
   ]
   assert len(documents(str(file), field='body', max_bytes=3)) == 1
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import Model
 from alignjax.losses import value as values
+from alignjax.models.tabular import tabular
 from alignjax.recipes.ppo import ppo
 from tests.parity.test_trl import given
 
@@ -86,12 +86,8 @@ def reference(x, *, whiten):
 
 
 def ours(x, *, whiten):
-  model = Model(
-    init=lambda key: None,
+  model = tabular([[0.0]])._replace(
     policy=given,
-    stop=(),
-    pad=0,
-    scalar_init=lambda key: None,
     scalar=lambda role: lambda bundle, batch: bundle[role],
   )
   recipe = ppo(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import Model, UserError
+from alignjax.core.types import UserError
 from alignjax.losses import teacher as teachers
 from alignjax.losses.divergence import kl
 from alignjax.models.tabular import tabular
@@ -352,7 +352,7 @@ def sharpened(model):
     del role
     return on_logits(model.policy('policy'), lambda logits: 2 * logits)
 
-  return Model(model.init, policy, (), 0)
+  return model._replace(policy=policy)
 
 
 def test_nothing_flows_into_the_teacher(monkeypatch):

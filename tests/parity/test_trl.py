@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import Model, Policy
+from alignjax.core.types import Policy
+from alignjax.models.tabular import tabular
 from alignjax.recipes.grpo import grpo
 from alignjax.recipes.reinforce import reinforce
 
@@ -67,12 +68,8 @@ def batch_of(x):
 
 def ours(name):
   recipe_fn, numbers = CASES[name]
-  parts = Model(
-    init=lambda key: None,
+  parts = tabular([[0.0]])._replace(
     policy=given,
-    stop=(),
-    pad=0,
-    scalar_init=lambda key: None,
     scalar=lambda role: lambda bundle, batch: bundle[role],
   )
   count, length = GOLDEN['mask'].shape[1:]

@@ -13,7 +13,7 @@ from alignjax.core import lookup
 from alignjax.core.types import UserError
 from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.models import sharding
-from alignjax.plan import programs
+from alignjax.plan import programs, stand_ins
 from alignjax.plan.batch import source_batch
 from alignjax.recipes.jbond import jbond
 from alignjax.recipes.sft import sft
@@ -41,7 +41,7 @@ def planned(recipe, source, mesh, which='all', rows=8):
 def online(chunks=1):
   return jbond(
     tiny.model(),
-    programs.unscored(None),
+    stand_ins.unscored(),
     max_new_tokens=5,
     rollout_chunks=chunks,
   )
