@@ -27,7 +27,7 @@ from alignjax.interop.opened import Opened
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.policies import lm
-from alignjax.policies.combine import guided, tempered
+from alignjax.policies.combine import tempered, under_guidance
 from alignjax.policies.sample import sample as draw
 from alignjax.system import model_dir
 
@@ -181,10 +181,8 @@ def _sampler(
   config: Config, tokens, count, max_new_tokens, temperature, guidance_scale
 ):
   parts = lm.model(config, tokens)
-  policy = parts.bare('policy')
-  if guidance_scale != 1:
-    policy = guided(policy, guidance_scale)
-  policy = tempered(parts.legal(policy), temperature or 1.0)
+  policy = under_guidance(parts, 'policy', guidance_scale)
+  policy = tempered(policy, temperature or 1.0)
 
   @jax.jit
   def run(params, batch, key):

@@ -59,14 +59,18 @@ class _Setting(NamedTuple):
   source: Any
   batches: list
   directories: dict[str, Any]
-  writers: dict[int, Any]
+  writers: dict[tuple[int, float], Any]
+  encoder: Any
 
 
 def _setting(config) -> _Setting:
   """Builds and checks everything before anything is computed."""
+  import numpy as np
+
   from alignjax import evaluate
   from alignjax.cli import parts
   from alignjax.core import lookup
+  from alignjax.rewards.diversity import diversity
 
   tokens = parts.tokenizer(config.tokenizer)
   shape = parts.model_config(config, tokens)
@@ -83,25 +87,45 @@ def _setting(config) -> _Setting:
       f'prompts = {config.prompts}: expected a multiple of batch_size = '
       f'{config.batch_size}, at most the {len(source)} prompts there are'
     )
+  scales = {_scale(config, entry['name']) for entry in config.models}
+  if scales != {1.0} and 'uncond' not in source.rows(np.arange(1)):
+    raise UserError(
+      'models: guidance_scale needs negative prompts; set source.uncond'
+    )
+  reward = lookup.build('rewards', config.reward, tokens)
+  encoder = parts.embedding(config, tokens)
+  if encoder:
+    distance = diversity(encoder[0].embed('embedding'))
+    reward = evaluate.also(reward, distance)
   return _Setting(
     tokens=tokens,
     shape=shape,
-    reward=lookup.build('rewards', config.reward, tokens),
+    reward=reward,
     source=source,
     batches=[
       source.batch(k) for k in range(config.prompts // config.batch_size)
     ],
     directories=directories,
     writers={
-      count: evaluate.writer(
+      (count, scale): evaluate.writer(
         model,
         count=count,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
+        guidance_scale=scale,
+        reference_guidance_scale=_scale(config, config.reference),
       )
       for count in (config.responses, config.reference_responses)
+      for scale in scales
     },
+    encoder=encoder,
   )
+
+
+def _scale(config, name: str) -> float:
+  """The guidance under which a model is sampled; the reference scored too."""
+  (entry,) = [entry for entry in config.models if entry['name'] == name]
+  return float(entry.get('guidance_scale', 1.0))
 
 
 def _evaluate(config, workdir: Path) -> None:
@@ -117,7 +141,7 @@ def _evaluate(config, workdir: Path) -> None:
     return parts.load_params(setting.directories[name], setting.shape)
 
   digests = {
-    name: parts.digest(directory)
+    name: (parts.digest(directory), _scale(config, name))
     for name, directory in setting.directories.items()
   }
   reference = load(config.reference)
@@ -129,13 +153,16 @@ def _evaluate(config, workdir: Path) -> None:
     if twin is not None and twin != config.reference:
       results[name] = results[twin]
       continue
+    encoder = setting.encoder and setting.encoder[2]
     stamp = json.dumps(
-      [plain, digests[name], digests[config.reference]], sort_keys=True
+      [plain, digests[name], digests[config.reference], encoder], sort_keys=True
     )
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
     kept = _kept(workdir / 'responses' / file, stamp)
     if kept is None:
       bundle = {'policy': load(name), 'reference': reference}
+      if setting.encoder:
+        bundle['embedding'] = setting.encoder[1]
       label = f'evaluate {len(results) + 1}/{len(digests)} {name}'
       kept = _responses(config, setting, bundle, label, name)
       _keep(workdir / 'responses' / file, stamp, kept)
@@ -153,7 +180,7 @@ def _responses(config, setting: _Setting, bundle, label: str, name: str):
   count = config.reference_responses if is_reference else config.responses
   with metrics.progress(label, config.prompts) as advance:
     return evaluate.responses(
-      setting.writers[count],
+      setting.writers[count, _scale(config, name)],
       bundle,
       setting.batches,
       setting.reward,

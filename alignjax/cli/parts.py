@@ -213,6 +213,19 @@ def _paths(config: ConfigDict) -> dict[str, str]:
   return {role: path for role, path in found.items() if path}
 
 
+def embedding(
+  config: ConfigDict, tokens: Any
+) -> tuple[Model, Params, str] | None:
+  """(encoder, its parameters, their digest) of `embedding.path`, if any."""
+  path = _paths(config).get('embedding')
+  if not path:
+    return None
+  shape = guest_config(config, 'embedding', tokens)
+  found = opened(path, shape, 'embedding.path', head=GUESTS['embedding'])
+  params = load_params(found, shape)
+  return language_model(shape, tokens), params, digest(found)
+
+
 def language_model(config: Config, tokens: Any) -> Model:
   """The model over the tokenizer's legal tokens."""
   return lm.model(config, tokens)

@@ -137,4 +137,6 @@ def test_every_row_has_the_negative_prompt(folder, uncond):
 
 def test_a_negative_prompt_that_does_not_fit_is_named(folder):
   with pytest.raises(UserError, match='source.uncond: a prompt of 41 tokens'):
-    sources.prompts(TOKENS, 4, 0, path=folder, prompt_tokens=40, uncond='x' * 40)
+    sources.prompts(
+      TOKENS, 4, 0, path=folder, prompt_tokens=40, uncond='x' * 40
+    )
