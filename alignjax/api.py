@@ -27,7 +27,7 @@ from alignjax.interop.opened import Opened
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.policies import lm
-from alignjax.policies.combine import sampled
+from alignjax.policies.combine import sampled, under_guidance
 from alignjax.policies.sample import sample as draw
 from alignjax.system import model_dir
 
@@ -138,24 +138,33 @@ def sample(
   top_k: int = 0,
   top_p: float = 1.0,
   count: int = 1,
+  guidance_scale: float = 1.0,
+  uncond: str = '',
   key: Array | None = None,
 ) -> list[list[str]]:
   """`count` texts for each prompt; temperature 0 takes the likeliest token.
 
   With `top_k` only so many of the likeliest tokens can be drawn, with `top_p`
   only the likeliest that have this share of the probability.
+  A `guidance_scale` other than 1 leads away from the text `uncond`, or from no
+  prompt at all (`policies.combine.guided`).
   """
   tokens = model.tokenizer
   if tokens is None:
     raise UserError('this model has no tokenizer; sample from token ids')
-  encoded = [[tokens.bos, *ids] for ids in tokens.encode_batch(list(prompts))]
+  negative = [uncond] if guidance_scale != 1 else []
+  texts = [*prompts, *negative]
+  encoded = [[tokens.bos, *ids] for ids in tokens.encode_batch(texts)]
   width = -(-max(map(len, encoded)) // PROMPT_STEP) * PROMPT_STEP
   padded = np.full((len(encoded), width), tokens.pad, np.int32)
   for row, ids in zip(padded, encoded):
     row[-len(ids) :] = ids
-  drawn = (temperature, top_k, top_p)
+  drawn = (temperature, top_k, top_p, guidance_scale)
   run = _sampler(model.config, tokens, count, max_new_tokens, drawn)
-  batch = {'prompt': jnp.asarray(padded), 'id': jnp.arange(len(padded))}
+  rows = padded[: len(prompts)]
+  batch = {'prompt': jnp.asarray(rows), 'id': jnp.arange(len(rows))}
+  if negative:
+    batch['uncond'] = jnp.broadcast_to(padded[-1], rows.shape)
   out = run(model.params, batch, jax.random.key(0) if key is None else key)
   responses, masks = np.asarray(out['response']), np.asarray(out['mask'])
   return [
@@ -173,9 +182,9 @@ def _apply(config: Config, params, tokens, positions, segment_ids):
 @functools.lru_cache(maxsize=16)
 def _sampler(config: Config, tokens, count, max_new_tokens, drawn):
   parts = lm.model(config, tokens)
-  temperature, top_k, top_p = drawn
+  temperature, top_k, top_p, guidance_scale = drawn
   policy = sampled(
-    parts.policy('policy'),
+    under_guidance(parts, 'policy', guidance_scale),
     temperature=temperature or 1.0,
     top_k=top_k,
     top_p=top_p,

@@ -18,8 +18,10 @@ from alignjax.core.types import Batch, Model, Params, Reward, UserError
 from alignjax.losses.calibration import best_of_n_chance, best_of_n_kl
 from alignjax.losses.divergence import kl
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import tempered, under_guidance
 from alignjax.policies.sample import sample
+
+DIVERSITY = 'diversity'
 
 
 class Responses(NamedTuple):
@@ -51,13 +53,20 @@ def writer(
   count: int,
   max_new_tokens: int,
   temperature: float,
+  guidance_scale: float = 1.0,
+  reference_guidance_scale: float = 1.0,
 ) -> Callable[[Mapping[str, Params], Batch, Any], dict[str, Any]]:
   """A jitted (bundle, batch, key) -> fields of `Responses` but the rewards.
 
-  The bundle has roles 'policy' and 'reference'.
+  The bundle has roles 'policy' and 'reference', each under its own guidance.
   """
-  policy = tempered(model.policy('policy'), temperature)
-  reference = tempered(model.policy('reference'), temperature)
+  policy, reference = (
+    tempered(under_guidance(model, role, scale), temperature)
+    for role, scale in (
+      ('policy', guidance_scale),
+      ('reference', reference_guidance_scale),
+    )
+  )
 
   @jax.jit
   def write(bundle, batch, key):
@@ -212,7 +221,8 @@ def compare(
   """The row of a model in an evaluation: metrics with their intervals.
 
   The log-quantile of a response counts it among the reference's responses to
-  the same prompt, (1 + not above) / (1 + count); ties win by half. The
+  the same prompt, (1 + not above) / (1 + count); ties win by half. Where one of
+  the scores is named `DIVERSITY`, it is a metric of the row as well. The
   reference's own responses are compared with its other ones.
   """
   reward, ref = found.rewards[..., 0], reference.rewards[..., 0]
@@ -223,8 +233,14 @@ def compare(
   count = others.sum(-1)
   quantile = (1 + ((theirs <= mine) * others).sum(-1)) / (1 + count)
   wins = ((mine > theirs) + 0.5 * (mine == theirs)) * others
+  distances = [
+    interval(found.rewards[..., i])
+    for i, name in enumerate(names)
+    if name == DIVERSITY
+  ]
   return {
     'reward': interval(reward),
+    **({DIVERSITY: distances[0]} if distances else {}),
     'kl': interval(found.kl),
     'kl_sampled': interval(found.kl_sampled),
     'length': interval(found.length),
@@ -236,7 +252,7 @@ def compare(
     'indicators': {
       name: float(found.rewards[..., i].mean())
       for i, name in enumerate(names)
-      if i > 0
+      if i > 0 and name != DIVERSITY
     },
   }
 

@@ -26,7 +26,7 @@ NAMES = sorted(
   for path in (Path(alignjax.__file__).parent / 'recipes').glob('[!_]*.py')
 )
 PATHS = ('whole', 'parts')
-PARTS = {'reward': tiny.evenness}
+PARTS = {'reward': tiny.evenness, 'embedding': tiny.model()}
 # The first step of every recipe. If you did not mean to change behaviour, a
 # failure is a bug.
 GOLDEN = {
@@ -37,7 +37,14 @@ GOLDEN = {
     'loss/forward': 34.3536,
     'reward': 0.5,
   },
+  'cfg_distill': {'entropy': 5.39156, 'grad_norm': 3.79477, 'kl': 10.6642},
   'distill': {'grad_norm': 0.209069, 'loss/kl': 0.335489, 'nll': 5.66469},
+  'embed': {
+    'grad_norm': 2.65021,
+    'loss/triplet': 0.0561622,
+    'negative': 0.814105,
+    'positive': 0.548845,
+  },
   'gkd': {
     'entropy': 5.38641,
     'forward': 0.319915,
@@ -103,10 +110,14 @@ def build(name, model=None):
   return lookup.build('recipes', numbers, *parts)
 
 
-def batch_for(recipe):
+def batch_for(recipe, name=''):
+  if name == 'embed':
+    return jax.tree.map(jnp.asarray, tiny.segment_source(batch_size=4).batch(0))
   if recipe.stages:
+    batch = tiny.batch(4)
     ref_reward = jnp.linspace(0.0, 1.0, 8) * jnp.ones((4, 1))
-    return tiny.batch(4) | {'ref_reward': ref_reward}
+    uncond = jnp.roll(batch['prompt'], 1, axis=0)
+    return batch | {'ref_reward': ref_reward, 'uncond': uncond}
   return jax.tree.map(jnp.asarray, text_source(batch_size=4).batch(0))
 
 
@@ -120,7 +131,7 @@ def test_three_steps(name):
   for _ in range(2):
     state = start
     for k in range(3):
-      batch = train.stage_batch(recipe, state, batch_for(recipe), 0)
+      batch = train.stage_batch(recipe, state, batch_for(recipe, name), 0)
       assert set(batch) <= BATCH_FIELDS
       assert {len(field) for field in batch.values()} == {4}
       state, metrics = step(state, batch)

@@ -49,6 +49,21 @@ def prompt_source(batch_size=8, rows=32, seed=0):
   return Rows(fields, facts, batch_size, seed)
 
 
+def segment_source(batch_size=4, rows=16, documents=4, length=10, seed=0):
+  """Pools of segments; a document draws from few tokens of its own."""
+  rng = np.random.default_rng(seed)
+  shape = (rows, documents, 2, length)
+  own = rng.integers(6, 262, (rows, documents, 1, 4))
+  tokens = np.take_along_axis(
+    np.broadcast_to(own, (*shape[:3], 4)), rng.integers(0, 4, shape), axis=-1
+  )
+  tokens = tokens.reshape(rows, 2 * documents, length).astype(np.int32)
+  lengths = rng.integers(3, length + 1, tokens.shape[:2])
+  mask = np.arange(length) < lengths[..., None]
+  fields = {'response': np.where(mask, tokens, TOKENS.pad), 'mask': mask}
+  return Rows(fields, [{}] * rows, batch_size, seed)
+
+
 def batch(rows=8, seed=0):
   return {
     'id': jnp.arange(rows, dtype=jnp.int32),

@@ -77,7 +77,7 @@ def _calibrate(config, workdir: Path) -> None:
   if not origin:
     raise UserError('start.policy: no reference model is named')
   found = parts.opened(origin, shape, 'start.policy')
-  guests = parts.guests(config, tokens, compose.roles(reward))
+  guests, _ = parts.guests(config, tokens, compose.roles(reward))
   facts = {
     'format': calibrated.FORMAT,
     'rows': len(rows),

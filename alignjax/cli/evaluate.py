@@ -59,11 +59,13 @@ class _Setting(NamedTuple):
   source: Any
   batches: list
   directories: dict[str, Any]
-  writers: dict[int, Any]
+  writers: dict[tuple[int, float], Any]
 
 
 def _setting(config) -> _Setting:
   """Builds and checks everything before anything is computed."""
+  import numpy as np
+
   from alignjax import evaluate
   from alignjax.cli import parts
   from alignjax.core import lookup
@@ -83,25 +85,40 @@ def _setting(config) -> _Setting:
       f'prompts = {config.prompts}: expected a multiple of batch_size = '
       f'{config.batch_size}, at most the {len(source)} prompts there are'
     )
+  scales = {_scale(config, entry['name']) for entry in config.models}
+  if scales != {1.0} and 'uncond' not in source.rows(np.arange(1)):
+    raise UserError(
+      'models: guidance_scale needs negative prompts; set source.uncond'
+    )
+  reward = parts.reward(config, tokens, source)
   return _Setting(
     tokens=tokens,
     shape=shape,
-    reward=parts.reward(config, tokens, source),
+    reward=parts.with_diversity(reward, config, tokens),
     source=source,
     batches=[
       source.batch(k) for k in range(config.prompts // config.batch_size)
     ],
     directories=directories,
     writers={
-      count: evaluate.writer(
+      (count, scale): evaluate.writer(
         model,
         count=count,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
+        guidance_scale=scale,
+        reference_guidance_scale=_scale(config, config.reference),
       )
       for count in (config.responses, config.reference_responses)
+      for scale in scales
     },
   )
+
+
+def _scale(config, name: str) -> float:
+  """The guidance under which a model is sampled; the reference scored too."""
+  (entry,) = [entry for entry in config.models if entry['name'] == name]
+  return float(entry.get('guidance_scale', 1.0))
 
 
 def _evaluate(config, workdir: Path) -> None:
@@ -110,7 +127,7 @@ def _evaluate(config, workdir: Path) -> None:
 
   setting = _setting(config)
   roles = compose.roles(setting.reward)
-  guests = parts.guests(config, setting.tokens, roles)
+  guests, read = parts.guests(config, setting.tokens, roles)
   workdir.mkdir(parents=True, exist_ok=True)
   parts.compilation_cache(workdir)
   plain = configs.plain(config)
@@ -120,7 +137,7 @@ def _evaluate(config, workdir: Path) -> None:
     return parts.load_params(setting.directories[name], setting.shape)
 
   digests = {
-    name: parts.digest(directory)
+    name: (parts.digest(directory), _scale(config, name))
     for name, directory in setting.directories.items()
   }
   reference = load(config.reference)
@@ -133,7 +150,7 @@ def _evaluate(config, workdir: Path) -> None:
       results[name] = results[twin]
       continue
     stamp = json.dumps(
-      [plain, digests[name], digests[config.reference]], sort_keys=True
+      [plain, digests[name], digests[config.reference], read], sort_keys=True
     )
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
     kept = _kept(workdir / 'responses' / file, stamp)
@@ -156,7 +173,7 @@ def _responses(config, setting: _Setting, bundle, label: str, name: str):
   count = config.reference_responses if is_reference else config.responses
   with metrics.progress(label, config.prompts) as advance:
     return evaluate.responses(
-      setting.writers[count],
+      setting.writers[count, _scale(config, name)],
       bundle,
       setting.batches,
       setting.reward,

@@ -23,6 +23,7 @@ from alignjax.models import decoder
 from alignjax.models.config import FREE, Config, to_json
 from alignjax.policies import lm
 from alignjax.rewards import compose
+from alignjax.rewards.diversity import diversity
 from alignjax.system import model_dir
 
 # Roles that may be models of their own, in sections of their own, and the head
@@ -122,6 +123,14 @@ def reward(config: ConfigDict, tokens: Any, source: Any) -> Reward:
       ),
     },
   )
+
+
+def with_diversity(reward: Reward, config: ConfigDict, tokens: Any) -> Reward:
+  """`reward` and a last score, diversity, where `embedding.path` is a model."""
+  if 'embedding' not in _paths(config):
+    return reward
+  encoder = language_model(guest_config(config, 'embedding', tokens), tokens)
+  return compose.beside(reward, diversity(encoder))
 
 
 def recipe(
@@ -239,16 +248,16 @@ def start(
 
 def guests(
   config: ConfigDict, tokens: Any, roles: Iterable[str]
-) -> dict[str, Params]:
-  """Parameters of roles that are models of their own."""
-  paths, found = _paths(config), {}
+) -> tuple[dict[str, Params], dict[str, str]]:
+  """(parameters, digests) of roles that are models of their own."""
+  paths, params, digests = _paths(config), {}, {}
   for role in roles:
     if role not in paths:
       raise UserError(f'{role}.path: no model is named, and one is needed')
     shape = guest_config(config, role, tokens)
-    what = opened(paths[role], shape, f'{role}.path', head=GUESTS[role])
-    found[role] = load_params(what, shape)
-  return found
+    found = opened(paths[role], shape, f'{role}.path', head=GUESTS[role])
+    params[role], digests[role] = load_params(found, shape), digest(found)
+  return params, digests
 
 
 def _paths(config: ConfigDict) -> dict[str, str]:

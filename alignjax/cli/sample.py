@@ -50,6 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     help='a reward that needs only the text',
   )
   parser.add_argument(
+    '--guidance',
+    type=float,
+    default=1.0,
+    metavar='SCALE',
+    help='of the logits away from --uncond; 1 is none, 3 is usual',
+  )
+  parser.add_argument(
+    '--uncond', default='', metavar='TEXT', help='negative prompt; empty'
+  )
+  parser.add_argument(
     '--chat', action='store_true', help='hold a conversation in the terminal'
   )
   parser.add_argument(
@@ -71,11 +81,13 @@ def main(argv: Sequence[str]) -> int:
     raise UserError('--top_k must be at least 0, --top_p above 0 and up to 1')
   if args.best_of is not None and args.best_of < args.n:
     raise UserError(f'--best-of={args.best_of} is less than --n={args.n}')
+  if args.uncond and args.guidance == 1:
+    raise UserError('--uncond needs --guidance, such as 3')
   if args.chat:
-    if args.prompt or args.best_of or args.n > 1:
+    if args.prompt or args.best_of or args.n > 1 or args.guidance != 1:
       raise UserError(
-        '--chat reads messages from standard input: no --prompt, --n or'
-        ' --best-of'
+        '--chat reads messages from standard input: no --prompt, --n,'
+        ' --best-of or --guidance'
       )
     return _chat(args)
   if args.system is not None:
@@ -103,6 +115,8 @@ def main(argv: Sequence[str]) -> int:
     top_k=args.top_k,
     top_p=args.top_p,
     count=args.best_of or args.n,
+    guidance_scale=args.guidance,
+    uncond=args.uncond.replace('\\n', '\n'),
     key=jax.random.key(args.seed),
   )
   note('')

@@ -156,6 +156,7 @@ def prompts(
   max_bytes: int = 6_000_000,
   prompt_tokens: int = 48,
   response_tokens: int = 0,
+  uncond: str | None = None,
   whole: bool = False,
   part: str = 'train',
   held_out: float = 0.05,
@@ -167,7 +168,8 @@ def prompts(
   write. With `whole` the text of a row or file is the prompt, and one that
   does not fit is an error; the other fields of a JSONL row (a reference answer)
   are among the facts of its record. With `response_tokens` the response of a
-  row is what follows, cut to so many tokens.
+  row is what follows, cut to so many tokens. With `uncond`, a text or '' for
+  BOS alone, every row has that negative prompt too.
   """
   if whole and response_tokens:
     raise UserError('source.response_tokens: nothing follows a whole text')
@@ -187,29 +189,33 @@ def prompts(
       f'{path or "stdlib"}: no text is long enough for a prompt of up to '
       f'{prompt_tokens} tokens'
     )
+  named = [(name, head) for name, head, _ in heads]
+  fields = {'prompt': _prompts(tokenizer, named, prompt_tokens)}
+  if uncond is not None:
+    row = _prompts(tokenizer, [('source.uncond', uncond)], prompt_tokens)
+    fields['uncond'] = np.broadcast_to(row, fields['prompt'].shape)
   facts = [
     known.get(name, {}) | {'name': name, 'prompt': head, 'reference': rest}
     for name, head, rest in heads
   ]
-  fields = {'prompt': _left_padded(tokenizer, heads, prompt_tokens)}
   if response_tokens:
     rests = [rest for _, _, rest in heads]
     fields |= _responses(tokenizer, rests, response_tokens)
   return Rows(fields, facts, batch_size, seed)
 
 
-def _left_padded(tokenizer, heads, width: int) -> np.ndarray:
-  """BOS and prompt of (name, prompt, rest), int32 [rows, width]."""
-  encoded = tokenizer.encode_batch([head for _, head, _ in heads])
-  out = np.full((len(heads), width), tokenizer.pad, np.int32)
-  for i, ids in enumerate(encoded):
+def _prompts(tokenizer, named, width: int) -> np.ndarray:
+  """BOS and each of [(name, text)], left-padded: int32 [rows, width]."""
+  out = np.full((len(named), width), tokenizer.pad, np.int32)
+  encoded = tokenizer.encode_batch([text for _, text in named])
+  for row, (name, _), ids in zip(out, named, encoded):
     if len(ids) >= width:
       raise UserError(
-        f'{heads[i][0]}: a prompt of {len(ids) + 1} tokens is longer than '
+        f'{name}: a prompt of {len(ids) + 1} tokens is longer than '
         f'the context for prompts, {width} (source.prompt_tokens)'
       )
     ids = [tokenizer.bos, *ids]
-    out[i, -len(ids) :] = ids
+    row[-len(ids) :] = ids
   return out
 
 

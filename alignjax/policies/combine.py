@@ -1,8 +1,8 @@
 """Policies made of policies: every result is again a Policy.
 
 Sampler and scorers therefore never know what they are given. `restrict` goes
-outermost, so combinations are made of bare policies: `model.legal(guided(
-model.bare(role), scale))`. Of masked logits a difference would be of any size.
+outermost, so combinations are made of bare policies (`under_guidance`): a
+difference of logits, one of which is masked, may make an illegal token certain.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.core.types import Batch, Policy, UserError
+from alignjax.core.types import Batch, Model, Policy, UserError
 
 PROMPTS = ('prompt', 'uncond')
 ILLEGAL = -1e9  # finite: its exponential is 0 and its multiples are numbers
@@ -161,6 +161,13 @@ def guided(policy: Policy, guidance_scale: float) -> Policy:
     return policy.take(cache, pairs.reshape(-1))
 
   return Policy(policy.view, features, head, start, step, take)
+
+
+def under_guidance(model: Model, role: str, guidance_scale: float) -> Policy:
+  """A model's role under guidance, over legal tokens; 1 needs no `uncond`."""
+  if guidance_scale == 1:
+    return model.policy(role)
+  return model.legal(guided(model.bare(role), guidance_scale))
 
 
 def _in_pairs(batch: Batch) -> Batch:

@@ -34,7 +34,7 @@ from alignjax.losses import divergence as divergences
 from alignjax.losses import teacher as teachers
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens
 from alignjax.losses.policy_gradient import leave_pairs_out, reinforce
-from alignjax.policies.combine import guided, tempered
+from alignjax.policies.combine import tempered, under_guidance
 from alignjax.rewards.diversity import diversity
 from alignjax.stages import arrange
 from alignjax.stages.rollout import rollout
@@ -104,7 +104,7 @@ def cfg_distill(
       stages=(draw,),
     )
   kept |= {'embedding': embedding.embed_init}
-  distance = diversity(embedding.embed('embedding'))
+  distance = diversity(embedding)
   return Recipe(
     objective=diverse,
     init={'policy': model.init} | kept,
@@ -121,7 +121,7 @@ def _quality(
 ):
   """(bundle, batch) -> (loss of equation 2, metrics, log p of the tokens)."""
   policy = model.policy('policy')
-  teacher = model.legal(guided(model.bare('teacher'), guidance_scale))
+  teacher = under_guidance(model, 'teacher', guidance_scale)
 
   def quality(bundle, batch):
     weights = policy.view(bundle, batch)

@@ -191,6 +191,8 @@ def _notes(what: Found) -> str:
     'best-of-4 sampling, or against an adversary who keeps the worst.',
     'log_quantile': 'Log-quantile: mean log of (1 + completions of the init '
     'that score no higher on the same prompt) / (1 + all of them); at best 0.',
+    'diversity': 'Diversity: 1 - cos between the embeddings of two completions '
+    'of one prompt, mean over all pairs.',
     'indicators': 'Hack indicators: share of completions that look like a '
     'way around the reward rather than a better answer.',
   }

@@ -32,6 +32,7 @@ COLUMNS = (
   Column('best_of_4', 'best of 4 wins', '% vs init', 1, 100, True),
   Column('worst_of_4', 'worst of 4 wins', '% vs init', 1, 100, True),
   Column('log_quantile', 'log-quantile', 'nats', 2, 1, True),
+  Column('diversity', 'diversity', '1 - cos', 3, 1, False),
   Column('length', 'length', 'tokens', 1, 1, False),
   Column('entropy', 'entropy', 'nats/token', 2, 1, False),
 )

@@ -73,6 +73,14 @@ def joined(
   return reward
 
 
+def beside(reward: Reward, other: Reward) -> Reward:
+  """The scores of `reward`, and then those of `other`."""
+  names = [n for x in (reward, other) for n in getattr(x, 'names', ('reward',))]
+  return joined(
+    [reward, other], lambda *scores: jnp.concatenate(scores, axis=-1), names
+  )
+
+
 def stack(
   tokens: Any, context: Context, *, parts: dict, weights: dict | None = None
 ) -> Reward:

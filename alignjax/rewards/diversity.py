@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignjax.core.types import Embed, Reward
+from alignjax.core.types import Model, Reward
+
+ROLE = 'embedding'
 
 
-def diversity(embed: Embed) -> Reward:
-  """The reward of a Model's `embed(role)`: [B, N, 1]; 0 where N = 1."""
+def diversity(encoder: Model) -> Reward:
+  """The reward [B, N, 1] of the role `embedding`; 0 where N = 1."""
+  embed = encoder.embed(ROLE)
 
   @jax.jit
   def reward(bundle, batch, key):
@@ -25,6 +28,7 @@ def diversity(embed: Embed) -> Reward:
   def scored(bundle, batch, key):
     return reward(bundle, batch, key)
 
+  scored.roles = {ROLE: encoder.embed_init}
   scored.names = ('diversity',)
   return scored
 

@@ -118,3 +118,25 @@ def test_a_part_that_is_empty_is_told(tmp_path):
     )
   with pytest.raises(UserError, match="part: found 'test'"):
     sources.text(TOKENS, 1, 0, path=str(tmp_path), part='test')
+
+
+@pytest.mark.parametrize('uncond', ['', 'bad code'])
+def test_every_row_has_the_negative_prompt(folder, uncond):
+  source = sources.prompts(
+    TOKENS, 4, 0, path=folder, prompt_tokens=40, uncond=uncond
+  )
+  batch = source.batch(0)
+  assert batch['uncond'].shape == batch['prompt'].shape
+  for row in batch['uncond']:
+    ids = [TOKENS.bos, *TOKENS.encode(uncond)]
+    assert row[-len(ids) :].tolist() == ids
+    assert (row[: -len(ids)] == TOKENS.pad).all()
+  plain = sources.prompts(TOKENS, 4, 0, path=folder, prompt_tokens=40)
+  assert 'uncond' not in plain.batch(0)
+
+
+def test_a_negative_prompt_that_does_not_fit_is_named(folder):
+  with pytest.raises(UserError, match='source.uncond: a prompt of 41 tokens'):
+    sources.prompts(
+      TOKENS, 4, 0, path=folder, prompt_tokens=40, uncond='x' * 40
+    )
