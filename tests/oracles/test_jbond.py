@@ -13,9 +13,6 @@ from tests.oracles import bandit
 UPTO = np.cumsum(bandit.REF)
 EXPECTED_REWARD = -np.log(16) * (1 - UPTO) ** 2
 BEST_OF_2 = bandit.best_of(bandit.REF, 2)
-# Other numbers: arms that are not sorted, rewards that are not a ladder.
-OTHER_REF = np.array([0.4, 0.05, 0.3, 0.25])
-OTHER_REWARD = np.array([0.3, 9.0, -2.0, 0.7])
 GOLDEN = {
   0.0: [0.013093, 0.080269, 0.285591, 0.365241, 0.255807],
   1.0: [0.044343, 0.134766, 0.302863, 0.313162, 0.204866],
@@ -45,8 +42,7 @@ def recipe_of(
 
 def solve(weight, gamma, ref=bandit.REF, rewards=bandit.REWARD):
   """The optimum of J-BOND with a fixed anchor `ref`, in float64."""
-  upto = np.array([ref[rewards <= r].sum() for r in rewards])
-  below = np.array([ref[rewards < r].sum() for r in rewards])
+  below, upto = bandit.quantiles(ref, rewards)
   q = ref * np.exp(-np.log(16) * (1 - upto) ** 2)
   return bandit.mixed(
     weight * np.log(q / q.sum()) + gamma * np.log(ref),
@@ -120,7 +116,7 @@ def test_the_other_sign_of_the_anchor_term_is_detected():
 @pytest.mark.parametrize('weight', [0.3, 0.5, 1.0])
 @pytest.mark.parametrize('gamma', [0.0, 1.0, 2.0])
 def test_mixed_optimum_of_other_numbers(gamma, weight):
-  numbers = dict(ref=OTHER_REF, rewards=OTHER_REWARD)
+  numbers = dict(ref=bandit.OTHER_REF, rewards=bandit.OTHER_REWARD)
   recipe = recipe_of(anchor_kl_coef=gamma, jeffreys_weight=weight, **numbers)
   found, _ = bandit.run(recipe, bandit.natural_gradient(0.3), rows=1, steps=250)
   target = solve(weight, gamma, **numbers)
