@@ -76,17 +76,11 @@ def experiment(c: ConfigDict, *, tiny: bool, **numbers: Any) -> ConfigDict:
 
 
 def train(
-  c: ConfigDict,
-  name: str,
-  *,
-  recipe: Mapping[str, Any] | None = None,
-  needs: Sequence[str] = (),
-  **changes: Any,
+  c: ConfigDict, name: str, *, needs: Sequence[str] = (), **changes: Any
 ) -> Job:
-  """The run `c` as a job, with other numbers of the recipe or of the run."""
+  """The run `c` as a job, with `changes` of its sections and numbers."""
   numbers = c.to_dict()
   numbers.pop('graph')
-  numbers['recipe'] |= recipe or {}
   return Job(name, 'train', numbers | changes, tuple(needs))
 
 
@@ -131,3 +125,19 @@ def evaluate(
 def report(*needs: str) -> Job:
   """The page of everything that the graph has left."""
   return Job('report', 'report', {}, tuple(needs))
+
+
+def compared(c: ConfigDict, arms: Mapping[str, Mapping[str, Any]]):
+  """Runs of every arm under `graph.seeds` seeds, evaluated, with a page.
+
+  arms: name -> changes of the run `c`, as for `train`. Arms of one seed see
+  the same prompts in the same order.
+  """
+  names = []
+  for arm, changes in arms.items():
+    for seed in range(1, c.graph.seeds + 1):
+      names.append(f'{arm}_{seed}')
+      yield train(c, names[-1], seed=c.seed + seed, **changes)
+  models = [model(name, 'run', f'@{name}') for name in names]
+  yield evaluate(c, models, needs=names)
+  yield report('evaluate')
