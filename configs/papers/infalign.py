@@ -1,7 +1,8 @@
 """CTRL against the plain win rate, under best-of-4 and worst-of-4 (2412.19792).
 
-COMMAND: alignjax run --config=configs/papers/infalign.py --workdir=runs/infalign
-  --config.start.policy=MODEL --config.tokenizer=TOKENIZER
+COMMAND: alignjax run --config=configs/papers/infalign.py
+  --workdir=runs/infalign --config.start.policy=MODEL
+  --config.tokenizer=TOKENIZER
 
 calibrate -> for each transform a few KL strengths and seeds -> evaluate ->
 report. The paper's figure is the win rate of the best (worst) of 4 against KL:
