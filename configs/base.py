@@ -1,12 +1,22 @@
-"""What the configs of single runs share: numbers and names, no wiring.
+"""What configs share: the numbers of a run, and the jobs of experiments.
 
 Config programs import it (`from configs.base import single`), so run
 `alignjax` in the folder that holds `configs/`, or copy this file.
+
+A paper's experiment is the config of one run, which `alignjax train` takes as
+it is, with a section `graph`: what `alignjax run` varies, and how the results
+are evaluated.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from alignjax.cloud.jobs import Job
 from alignjax.core.lookup import defaults
+
+INIT = 'init'  # what an evaluation calls the model that all runs start from
 
 
 def single(
@@ -38,3 +48,96 @@ def online(recipe: ConfigDict, *, steps: int, lr: float) -> ConfigDict:
   c.source = defaults('data', 'sources.prompts', prompt_tokens=32)
   c.reward = defaults('rewards', 'verify.python_code')
   return c
+
+
+def experiment(c: ConfigDict, *, tiny: bool, **numbers: Any) -> ConfigDict:
+  """The online run `c` with a section `graph` of `numbers`; tiny: in minutes.
+
+  Both parts of the source are cut with one share, so that no prompt of the
+  evaluation was trained on.
+  """
+  c.source.held_out = 0.3 if tiny else 0.2
+  c.source.max_bytes = 1_000_000 if tiny else 3_000_000
+  if tiny:
+    c.batch_size = 8
+    c.recipe.max_new_tokens = 16
+    c.optimizer.warmup_steps = 2
+  c.graph = ConfigDict(numbers)
+  c.graph.evaluate = ConfigDict(
+    dict(
+      prompts=16 if tiny else 256,
+      responses=4,
+      reference_responses=8,
+      batch_size=16 if tiny else 32,
+      samples=4,
+    )
+  )
+  return c
+
+
+def train(
+  c: ConfigDict, name: str, *, needs: Sequence[str] = (), **changes: Any
+) -> Job:
+  """The run `c` as a job, with `changes` of its sections and numbers."""
+  numbers = c.to_dict()
+  numbers.pop('graph')
+  return Job(name, 'train', numbers | changes, tuple(needs))
+
+
+def model(name: str, kind: str, path: str, **more: Any) -> dict[str, Any]:
+  """A model of an evaluation; '@job' needs a path inside, or means its model.
+
+  more: `liti_rate`, and `series` where there are several LITI paths.
+  """
+  if path.startswith('@') and '/' not in path:
+    path += '/model'
+  return dict(name=name, kind=kind, path=path) | more
+
+
+def evaluate(
+  c: ConfigDict,
+  models: Sequence[Mapping[str, Any]],
+  *,
+  needs: Sequence[str],
+  name: str = 'evaluate',
+) -> Job:
+  """`models` and the init, on held-out prompts and in the run's sampling."""
+  init = model(INIT, 'init', c.start.policy)
+  fields = ('tokenizer', 'mesh', 'model', 'reward', 'seed')
+  numbers = c.to_dict()
+  return Job(
+    name,
+    'evaluate',
+    {field: numbers[field] for field in fields}
+    | numbers['graph']['evaluate']
+    | {
+      'start': {'policy': c.start.policy},
+      'temperature': c.recipe.temperature,
+      'max_new_tokens': c.recipe.max_new_tokens,
+      'source': numbers['source'] | {'part': 'held_out'},
+      'models': [init, *models],
+      'reference': INIT,
+    },
+    tuple(needs),
+  )
+
+
+def report(*needs: str) -> Job:
+  """The page of everything that the graph has left."""
+  return Job('report', 'report', {}, tuple(needs))
+
+
+def compared(c: ConfigDict, arms: Mapping[str, Mapping[str, Any]]):
+  """Runs of every arm under `graph.seeds` seeds, evaluated, with a page.
+
+  arms: name -> changes of the run `c`, as for `train`. Arms of one seed see
+  the same prompts in the same order.
+  """
+  names = []
+  for arm, changes in arms.items():
+    for seed in range(1, c.graph.seeds + 1):
+      names.append(f'{arm}_{seed}')
+      yield train(c, names[-1], seed=c.seed + seed, **changes)
+  models = [model(name, 'run', f'@{name}') for name in names]
+  yield evaluate(c, models, needs=names)
+  yield report('evaluate')

@@ -220,6 +220,7 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
       'name': entry['name'],
       'kind': entry['kind'],
       'liti_rate': entry.get('liti_rate'),
+      'series': entry.get('series', ''),
       **evaluate.compare(results[entry['name']], reference, names),
     }
     for entry in config.models

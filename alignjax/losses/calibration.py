@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -88,3 +89,14 @@ def best_of_n_chance(count: int, n: int) -> np.ndarray:
 def best_of_n_kl(n: float) -> float:
   """log n - (n - 1) / n: KL of best-of-n to its base, without ties."""
   return math.log(n) - (n - 1) / n
+
+
+def quantile_nll(
+  logit: Float[Array, '...'], upto: Float[Array, '...']
+) -> Float[Array, '...']:
+  """Cross-entropy of sigmoid(logit) against p_<=; least where they are equal.
+
+  `upto` is 0 or 1 for one reference draw, a share of several. BOND (arXiv
+  2407.14622, section 3.1).
+  """
+  return jax.nn.softplus(logit) - upto * logit

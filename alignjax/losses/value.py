@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from alignjax.core.types import Batch, Bundle, Scalar
+
 
 def gae(
   rewards: Float[Array, '... R'],
@@ -73,3 +75,17 @@ def last(mask: Bool[Array, '... R']) -> Bool[Array, '... R']:
   """True on the last token of each response only."""
   following = jnp.pad(mask[..., 1:], [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
   return mask & ~following
+
+
+def of_response(
+  scalar: Scalar, bundle: Bundle, batch: Batch
+) -> Float[Array, 'B N']:
+  """The number of prompt and whole response, its last token included.
+
+  A scalar reads what precedes a token, so one more is laid behind the longest.
+  """
+  wide = ((0, 0), (0, 0), (0, 1))
+  longer = {name: jnp.pad(batch[name], wide) for name in ('response', 'mask')}
+  length = jnp.sum(batch['mask'], axis=-1, keepdims=True)
+  found = scalar(bundle, batch | longer)
+  return jnp.take_along_axis(found, length, axis=-1)[..., 0]

@@ -19,7 +19,10 @@ def tabular(logits) -> Model:
     policy=_policy,
     stop=(),
     pad=0,
-    scalar_init=lambda key: {'values': jnp.zeros(len(logits))},
+    scalar_init=lambda key: {
+      'values': jnp.zeros(len(logits)),
+      'after': jnp.zeros(logits.shape),
+    },
     scalar=_scalar,
     bare=_policy,
     legal=lambda policy: policy,
@@ -56,11 +59,14 @@ def _policy(role: str) -> Policy:
 
 
 def _scalar(role: str) -> Scalar:
-  """One number per prompt, the same at every token."""
+  """One number per prompt, then one per prompt and token before."""
 
   def values(bundle: Bundle, batch: Batch):
-    found = bundle[role]['values'][batch['prompt'][:, -1]]
-    return jnp.broadcast_to(found[:, None, None], batch['response'].shape)
+    row = batch['prompt'][:, -1][:, None, None]
+    tokens = batch['response']
+    first = jnp.broadcast_to(bundle[role]['values'][row], tokens.shape)[..., :1]
+    later = bundle[role]['after'][row, tokens[..., :-1]]
+    return jnp.concatenate([first, later], axis=-1)
 
   return values
 

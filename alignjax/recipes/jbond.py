@@ -4,11 +4,14 @@ Each step draws one response y from the policy and two from the anchor, whose
 better one is y*. The loss is a Jeffreys divergence to best-of-2 of the anchor:
 forward, imitate y*; backward, a policy gradient whose reward is -log 16 when y
 is worse than both anchor draws and 0 otherwise. The anchor follows the policy
-as a moving average after every step, so that best-of-2 compounds.
+as a moving average after every step, so that best-of-2 compounds; with
+`ema_rate` 0 and an `anchor_period` it is replaced every so many steps instead,
+the paper's comparison (0.02 against 50), and with neither it is fixed.
 
 Deviations from the paper: its algorithm box prints the anchor regularisation
 with the sign that would reward leaving the anchor; the stated objective needs
-the other one, which is used here. Sampling at a temperature scores policy and
+the other one, which is used here. n is 2 only: the reward for losing is made
+for two draws. Sampling at a temperature scores policy and
 anchor at that temperature.
 """
 
@@ -17,8 +20,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from alignjax.core import tree
-from alignjax.core.types import Follow, Mean, Model, Recipe, Reward
+from alignjax.core import follow
+from alignjax.core.types import Mean, Model, Recipe, Reward
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
 from alignjax.policies.combine import tempered
@@ -37,6 +40,7 @@ def jbond(
   *,
   jeffreys_weight: float = 0.5,
   ema_rate: float = 0.02,
+  anchor_period: int = 0,
   anchor_kl_coef: float = 0.0,
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
@@ -45,6 +49,11 @@ def jbond(
 ) -> Recipe:
   """J-BOND, algorithm 2. `jeffreys_weight` weighs the backward KL."""
   arrange.check_baseline(baseline)
+  arrange.check_numbers(
+    jeffreys_weight=(jeffreys_weight, 0, 1),
+    anchor_kl_coef=(anchor_kl_coef, 0, math.inf),
+  )
+  moving = follow.anchor(anchor_period=anchor_period, ema_rate=ema_rate)
   policy = tempered(model.policy('policy'), temperature)
   anchor = tempered(model.policy('anchor'), temperature)
 
@@ -86,11 +95,7 @@ def jbond(
   return Recipe(
     objective=objective,
     init={'policy': model.init, 'anchor': model.init},
-    follow={
-      'anchor': Follow(
-        'policy', lambda step, leader, me: tree.lerp(me, leader, ema_rate)
-      )
-    },
+    follow={'anchor': moving},
     stages=(
       *overlap(
         rollout(

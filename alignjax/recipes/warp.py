@@ -13,8 +13,8 @@ policy and the anchor at that temperature, so that the optimum is exact.
 import jax
 import jax.numpy as jnp
 
-from alignjax.core import tree
-from alignjax.core.types import Follow, Mean, Model, Recipe, Reward
+from alignjax.core import follow
+from alignjax.core.types import Mean, Model, Recipe, Reward
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
 from alignjax.policies.combine import tempered
@@ -38,6 +38,7 @@ def warp(
 ) -> Recipe:
   """REINFORCE with KL to an EMA anchor; section 3.1, equations 1 and 2."""
   arrange.check_baseline(baseline)
+  moving = follow.anchor(anchor_period=0, ema_rate=ema_rate)
   policy = tempered(model.policy('policy'), temperature)
   anchor = tempered(model.policy('anchor'), temperature)
 
@@ -60,11 +61,7 @@ def warp(
   return Recipe(
     objective=objective,
     init={'policy': model.init, 'anchor': model.init},
-    follow={
-      'anchor': Follow(
-        'policy', lambda step, leader, me: tree.lerp(me, leader, ema_rate)
-      )
-    },
+    follow={'anchor': moving},
     stages=(
       *overlap(
         rollout(

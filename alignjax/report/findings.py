@@ -172,8 +172,10 @@ def _liti(evaluation: dict[str, Any]) -> str:
   if best is None or not inner:
     return 'No LITI sweep was evaluated, so there is no front to judge.'
   start, end = path[0], path[-1]
+  series = next(p.series for p in path if p.kind == 'liti')
+  of = f' of {series}' if series else ''
   tail = (
-    f' The best rate by reward is {best.rate:g}: {_ci(best.y)} at KL '
+    f' The best rate{of} by reward is {best.rate:g}: {_ci(best.y)} at KL '
     f'{best.x[0]:.2f} nats.{_runs_at_equal_kl(evaluation, path)}'
   )
   if start.rate != 0.0 or end.rate != 1.0 or end.x[0] <= start.x[0]:
@@ -193,23 +195,23 @@ def _liti(evaluation: dict[str, Any]) -> str:
   margin = f'widest at rate {inner[top].rate:g}, {_delta(above[top])}'
   if high and not low:
     head = (
-      'The LITI front lies above the straight line from init to merged, '
+      f'The LITI front{of} lies above the straight line from init to merged, '
       f'measurably at {high} of {count} inner rates ({margin}).'
     )
   elif low and not high:
     head = (
-      'The LITI front lies below the straight line from init to merged, '
+      f'The LITI front{of} lies below the straight line from init to merged, '
       f'measurably at {low} of {count} inner rates.'
     )
   elif high and low:
     head = (
-      f'The LITI front is measurably above the straight line at {high} and '
+      f'The LITI front{of} is measurably above the straight line at {high} and '
       f'below it at {low} of {count} inner rates.'
     )
   else:
     head = (
-      'No measurable difference between the LITI front and the straight line '
-      f'from init to merged at any of {count} inner rates ({margin}).'
+      f'No measurable difference between the LITI front{of} and the straight '
+      f'line from init to merged at any of {count} inner rates ({margin}).'
     )
   return head + tail
 

@@ -25,13 +25,20 @@ BEST_OF_N = '#7b8794'
 
 
 class Point(NamedTuple):
-  """One model on the front. x and y are (mean, low, high)."""
+  """One model on the front.
+
+  Attributes:
+    rate: of LITI, else None.
+    x, y: (mean, low, high).
+    series: which of several LITI paths it is on.
+  """
 
   name: str
   kind: str
   rate: float | None
   x: tuple[float, float, float]
   y: tuple[float, float, float]
+  series: str = ''
 
 
 class Label(NamedTuple):
@@ -51,26 +58,36 @@ def points(evaluation: dict[str, Any]) -> list[Point]:
   for model in evaluation['models']:
     kl, reward = interval(model, 'kl'), interval(model, 'reward')
     assert kl is not None and reward is not None  # checked when read
-    kind = str(model.get('kind', 'other'))
-    out.append(Point(model['name'], kind, model.get('liti_rate'), kl, reward))
-  return sorted(out, key=lambda p: (ink.rank(p.kind), p.rate or 0.0))
+    kind, series = str(model.get('kind', 'other')), model.get('series') or ''
+    rate = model.get('liti_rate')
+    out.append(Point(model['name'], kind, rate, kl, reward, series))
+  return sorted(out, key=lambda p: (ink.rank(p.kind), p.series, p.rate or 0.0))
 
 
-def sweep(evaluation: dict[str, Any]) -> list[Point]:
-  """The LITI path by rate, from the init (rate 0) to SLERP (rate 1).
+def sweeps(evaluation: dict[str, Any]) -> dict[str, list[Point]]:
+  """The LITI paths by series; each from the init (rate 0) to SLERP (rate 1).
 
-  The ends are the init and SLERP by definition, so they are added where the
+  The ends are the init and SLERP by definition, so they are added where a
   sweep does not hold them. Empty when nothing was interpolated.
   """
   every = points(evaluation)
-  path = [p for p in every if p.kind == 'liti' and p.rate is not None]
-  if not path:
-    return []
-  for kind, rate in (('init', 0.0), ('slerp', 1.0)):
-    ends = [p for p in every if p.kind == kind]
-    if ends and all(p.rate != rate for p in path):
-      path.append(ends[0]._replace(rate=rate))
-  return sorted(path, key=lambda p: p.rate or 0.0)
+  paths: dict[str, list[Point]] = {}
+  for p in every:
+    if p.kind == 'liti' and p.rate is not None:
+      paths.setdefault(p.series, []).append(p)
+  for series, path in paths.items():
+    for kind, rate in (('init', 0.0), ('slerp', 1.0)):
+      ends = [p for p in every if p.kind == kind and p.series in ('', series)]
+      if ends and all(p.rate != rate for p in path):
+        path.append(ends[0]._replace(rate=rate))
+    path.sort(key=lambda p: p.rate or 0.0)
+  return paths
+
+
+def sweep(evaluation: dict[str, Any]) -> list[Point]:
+  """The last of the LITI paths: the latest round; [] where there is none."""
+  paths = list(sweeps(evaluation).values())
+  return paths[-1] if paths else []
 
 
 def front_svg(evaluation: dict[str, Any], salt: str = 'front') -> str:
@@ -106,12 +123,12 @@ def draw(evaluation: dict[str, Any]) -> Figure:
   figure = ink.canvas(WIDTH, HEIGHT)
   axes = figure.add_axes((0.066, 0.092, 0.918, 0.8))
   every = points(evaluation)
-  path = sweep(evaluation)
+  paths = sweeps(evaluation)
   reference = evaluation.get('best_of_n') or []
   _limits(axes, every, reference)
-  _lines(axes, every, path, reference)
+  _lines(axes, paths, reference)
   for point in every:
-    _mark(axes, point)
+    _mark(axes, point, _green(paths, point.series))
   axes.set_xlabel('KL to the init, nats per sequence', labelpad=7)
   axes.set_ylabel('mean reward', labelpad=7)
   figure.legend(
@@ -124,7 +141,7 @@ def draw(evaluation: dict[str, Any]) -> Figure:
     columnspacing=1.8,
     borderaxespad=0.1,
   )
-  _label(axes, every, path, reference)
+  _label(axes, every, list(paths.values()), reference)
   return figure
 
 
@@ -139,7 +156,14 @@ def _limits(axes: Axes, every: Sequence[Point], reference: Sequence[Any]):
     limit(low - margin, high + margin)
 
 
-def _lines(axes, every, path, reference):
+def _green(paths: dict[str, list[Point]], series: str) -> str:
+  """The colour of a LITI path: the last has the kind's own, earlier paler."""
+  names = list(paths)
+  before = len(names) - 1 - names.index(series) if series in names else 0
+  return ink.paler(ink.look('liti').fill, before)
+
+
+def _lines(axes, paths: dict[str, list[Point]], reference):
   if reference:
     axes.plot(
       [b['kl'] for b in reference],
@@ -153,32 +177,39 @@ def _lines(axes, every, path, reference):
       label='best of N from the init',
       zorder=2.5,
     )
-  if len(path) > 1:
+  look = ink.look('liti')
+  for number, (series, path) in enumerate(paths.items()):
+    if len(path) < 2:
+      continue
     ends = path[0], path[-1]
+    straight = 'straight line, init to merged'
     axes.plot(
       [p.x[0] for p in ends],
       [p.y[0] for p in ends],
       color='#9aa4b0',
       linewidth=1.1,
       linestyle=(0, (1, 2.5)),
-      label='straight line, init to merged',
+      label=None if number else straight,
       zorder=2,
     )
     axes.plot(
       [p.x[0] for p in path],
       [p.y[0] for p in path],
-      color=ink.look('liti').fill,
+      color=_green(paths, series),
       linewidth=2,
       marker='o',
-      markersize=ink.look('liti').size,
+      markersize=look.size,
       markeredgecolor='white',
-      label=ink.look('liti').label,
+      label=f'LITI, {series}' if series else look.label,
       zorder=3,
     )
 
 
-def _mark(axes: Axes, point: Point):
+def _mark(axes: Axes, point: Point, green: str):
   look = ink.look(point.kind)
+  if point.kind == 'liti':  # the line of its path is in the legend
+    label = None if point.series else look.label
+    look = look._replace(fill=green, label=label)
   seen = axes.get_legend_handles_labels()[1]
   (x, x0, x1), (y, y0, y1) = point.x, point.y
   above = 5 - 0.1 * ink.rank(point.kind)
@@ -206,10 +237,15 @@ def _mark(axes: Axes, point: Point):
   )
 
 
-def _texts(axes, every, path, reference) -> list[Label]:
-  """One label per place: models that coincide on the chart share one."""
+def _texts(axes, every, paths, reference) -> list[Label]:
+  """One label per place: models that coincide on the chart share one.
+
+  Of several LITI paths only the last has its rates written.
+  """
   out: list[Label] = []
-  named = [p for p in every if p not in path]
+  path = paths[-1] if paths else []
+  interpolated = [p for path in paths for p in path if p.kind == 'liti']
+  named = [p for p in every if p not in interpolated and p not in path]
   pixel = axes.transData.transform
   shared: dict[str, str] = {}
   for p in (p for p in path if p.kind == 'liti'):
@@ -232,12 +268,12 @@ def _texts(axes, every, path, reference) -> list[Label]:
   return out
 
 
-def _label(axes: Axes, every, path, reference):
+def _label(axes: Axes, every, paths, reference):
   """Write the labels where they cover neither one another nor the data."""
   figure = axes.get_figure(root=True)
   assert figure is not None
   renderer = FigureCanvasAgg(figure).get_renderer()
-  texts = _texts(axes, every, path, reference)
+  texts = _texts(axes, every, paths, reference)
   drawn = [
     axes.annotate(
       t.text,
@@ -261,7 +297,7 @@ def _label(axes: Axes, every, path, reference):
     [tuple(pixel((t.x, t.y))) for t in texts],
     [(e.width + 2, e.height) for e in extents],
     boxes=_boxes(pixel, every, reference),
-    segments=_segments(pixel, every, path, reference),
+    segments=_segments(pixel, every, paths, reference),
     frame=(frame.x0 + 4, frame.y0 + 4, frame.x1 + 8, frame.y1 + 8),
   )
   for annotation, text, spot in zip(drawn, texts, where):
@@ -295,13 +331,13 @@ def _boxes(pixel, every, reference):
   return [(x - r, y - r, x + r, y + r) for (x, y), r in centres]
 
 
-def _segments(pixel, every, path, reference):
+def _segments(pixel, every, paths, reference):
   lines = []
   for p in every:
     lines.append(((p.x[1], p.y[0]), (p.x[2], p.y[0])))
     lines.append(((p.x[0], p.y[1]), (p.x[0], p.y[2])))
   for curve in (
-    [(p.x[0], p.y[0]) for p in path],
+    *([(p.x[0], p.y[0]) for p in path] for path in paths),
     [(b['kl'], b['reward']['mean']) for b in reference],
   ):
     lines += list(zip(curve, curve[1:]))

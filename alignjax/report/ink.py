@@ -50,6 +50,13 @@ def look(kind: str) -> Look:
   return LOOKS.get(kind, OTHER._replace(label=kind))
 
 
+def paler(colour: str, times: int) -> str:
+  """'#rrggbb' moved towards white, a third of the way each time."""
+  parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+  moved = [255 - (255 - x) * (2 / 3) ** times for x in parts]
+  return '#' + ''.join(f'{round(x):02x}' for x in moved)
+
+
 def css(kind: str) -> str:
   """The kind's colour for HTML; the init's black would vanish on dark."""
   return 'var(--text)' if kind == 'init' else look(kind).fill

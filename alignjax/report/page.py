@@ -16,7 +16,7 @@ from typing import Any
 from alignjax.core import files
 from alignjax.report import findings
 from alignjax.report.curves import curves_html
-from alignjax.report.front import front_svg, sweep
+from alignjax.report.front import front_svg, sweeps
 from alignjax.report.goodput import goodput_html
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
@@ -134,10 +134,11 @@ def _summary(what: Found) -> str:
 def _front(heading: str, lines: str, evaluation: dict, salt: str) -> str:
   chart = front_svg(evaluation, salt)
   said = 'Bars are 95% intervals in both directions; up and left is better. '
-  if sweep(evaluation):
+  if paths := sweeps(evaluation):
+    each, whose = ('Each', ' of the last') if len(paths) > 1 else ('The', '')
     said += (
-      'The green line walks from the init (rate 0) to the merged model (rate '
-      '1) in weight space; bold green numbers are rates. '
+      f'{each} green line walks from the init (rate 0) to the merged model '
+      f'(rate 1) in weight space; bold green numbers are rates{whose}. '
     )
   if evaluation.get('best_of_n'):
     said += (

@@ -42,7 +42,11 @@ def models_html(evaluation: dict[str, Any]) -> str:
   """The table of an evaluation's models as a `<table>` element."""
   models = sorted(
     evaluation['models'],
-    key=lambda m: (ink.rank(str(m.get('kind'))), m.get('liti_rate') or 0.0),
+    key=lambda m: (
+      ink.rank(str(m.get('kind'))),
+      m.get('series') or '',
+      m.get('liti_rate') or 0.0,
+    ),
   )
   columns = [c for c in COLUMNS if any(interval(m, c.key) for m in models)]
   names = _indicators(models)

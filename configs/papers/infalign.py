@@ -1,7 +1,8 @@
 """CTRL against the plain win rate, under best-of-4 and worst-of-4 (2412.19792).
 
 COMMAND: alignjax run --config=configs/papers/infalign.py
-  --workdir=runs/infalign --config.policy=MODEL --config.tokenizer=TOKENIZER
+  --workdir=runs/infalign --config.start.policy=MODEL
+  --config.tokenizer=TOKENIZER
 
 calibrate -> for each transform a few KL strengths and seeds -> evaluate ->
 report. The paper's figure is the win rate of the best (worst) of 4 against KL:
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from alignjax.cloud.jobs import Job
 from alignjax.core.lookup import defaults
-from configs.base import online
+from configs import base
 
 # Name: transform, scale. Normalised, so that one grid of kl_coef serves all.
 TRANSFORMS = {
@@ -26,92 +27,47 @@ TRANSFORMS = {
 
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'
-  recipe = defaults('recipes', 'infalign', max_new_tokens=16 if tiny else 40)
-  c = online(recipe, steps=2 if tiny else 60, lr=1e-3)
-  c.policy = ''
-  c.batch_size = 8 if tiny else 32
-  c.recipe.temperature = 0.8
-  c.source.max_bytes = 1_000_000 if tiny else 2_000_000
-  c.responses = 4 if tiny else 32  # for calibration, of each prompt
-  c.kl_coefs = (0.1,) if tiny else (0.05, 0.2)
-  c.seeds = 1 if tiny else 3
-  c.prompts = 8 if tiny else 256
-  return c
+  recipe = defaults('recipes', 'infalign', max_new_tokens=40)
+  recipe.temperature = 0.8
+  c = base.online(recipe, steps=2 if tiny else 60, lr=1e-3)
+  c.start.reference = '@policy'
+  return base.experiment(
+    c,
+    tiny=tiny,
+    responses=4 if tiny else 32,  # for calibration, of each prompt
+    kl_coefs=(0.1,) if tiny else (0.05, 0.2),
+    seeds=1 if tiny else 3,
+  )
 
 
 def jobs(c: ConfigDict):
   """The graph: what each command reads and writes."""
-  shared = {
-    'tokenizer': c.tokenizer,
-    'model': c.model.to_dict(),
-    'start': {'policy': c.policy, 'reference': '@policy'},
-    'reward': c.reward.to_dict(),
-  }
-  drawn = {
-    'temperature': c.recipe.temperature,
-    'max_new_tokens': c.recipe.max_new_tokens,
-  }
-  prompts = c.source.to_dict()
+  numbers = c.to_dict()
+  fields = ('tokenizer', 'model', 'start', 'reward', 'batch_size', 'seed')
   yield Job(
     'calibrate',
     'calibrate',
-    shared
-    | drawn
+    {field: numbers[field] for field in fields}
     | {
-      'source': prompts,
-      'responses': c.responses,
-      'batch_size': c.batch_size,
-      'seed': c.seed,
+      'source': numbers['source'],
+      'responses': c.graph.responses,
+      'temperature': c.recipe.temperature,
+      'max_new_tokens': c.recipe.max_new_tokens,
     },
   )
-  models = [{'name': 'init', 'kind': 'init', 'path': c.policy}]
-  for name, (transform, scale) in TRANSFORMS.items():
-    for kl_coef in c.kl_coefs:
-      for seed in range(c.seeds):
-        run = f'{name}_{kl_coef:g}_{seed}'.replace('.', '_')
-        recipe = c.recipe.to_dict() | {
-          'transform': transform,
-          'transform_scale': scale,
-          'kl_coef': kl_coef,
-        }
-        numbers = c.to_dict()
-        for extra in ('policy', 'responses', 'kl_coefs', 'seeds', 'prompts'):
-          numbers.pop(extra)
-        yield Job(
-          run,
-          'train',
-          numbers
-          | shared
-          | {
-            'recipe': recipe,
-            'seed': c.seed + 1 + seed,
-            'source': {
-              'name': 'calibrated',
-              'path': '@calibrate',
-              'rows': prompts,
-            },
-          },
-          needs=('calibrate',),
-        )
-        models.append({'name': run, 'kind': 'run', 'path': f'@{run}/model'})
-  runs = tuple(model['name'] for model in models[1:])
-  yield Job(
-    'evaluate',
-    'evaluate',
-    shared
-    | drawn
-    | {
-      'mesh': {'data': -1},
-      'seed': c.seed,
-      'source': prompts | {'part': 'held_out', 'held_out': 0.3},
-      'prompts': c.prompts,
-      'responses': 8,
-      'reference_responses': 8,
-      'batch_size': min(c.prompts, 32),
-      'samples': 4,
-      'models': models,
-      'reference': 'init',
-    },
-    needs=runs,
-  )
-  yield Job('report', 'report', {}, needs=('evaluate', *runs))
+  source = {
+    'name': 'calibrated',
+    'path': '@calibrate',
+    'rows': numbers['source'],
+  }
+  arms = {
+    f'{name}_{kl_coef:g}'.replace('.', '_'): {
+      'recipe': numbers['recipe']
+      | {'transform': word, 'transform_scale': scale, 'kl_coef': kl_coef},
+      'source': source,
+      'needs': ('calibrate',),
+    }
+    for name, (word, scale) in TRANSFORMS.items()
+    for kl_coef in c.graph.kl_coefs
+  }
+  yield from base.compared(c, arms)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.special import lambertw
 
 from alignjax import train
 from alignjax.models.tabular import tabular
@@ -16,10 +17,43 @@ REF = np.array([0.10, 0.20, 0.30, 0.25, 0.15])
 REWARD = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
 
 
-def best_of(p, n):
-  """Distribution of the best of n draws, arms sorted by reward."""
-  upto = np.cumsum(p)
-  return upto**n - np.concatenate([[0.0], upto[:-1]]) ** n
+# Other numbers: arms that are not sorted, rewards that are not a ladder.
+OTHER_REF = np.array([0.4, 0.05, 0.3, 0.25])
+OTHER_REWARD = np.array([0.3, 9.0, -2.0, 0.7])
+
+
+def quantiles(p, rewards=REWARD):
+  """(p_<, p_<=) of every arm."""
+  below = np.array([p[rewards < r].sum() for r in rewards])
+  return below, np.array([p[rewards <= r].sum() for r in rewards])
+
+
+def best_of(p, n, rewards=REWARD):
+  """Distribution of the best of n draws; a draw among ties is uniform."""
+  below, upto = quantiles(p, rewards)
+  return p * (upto**n - below**n) / (upto - below)
+
+
+def mixed(pull, *, backward, forward):
+  """argmin of a mean of two KLs, per arm by Lambert W, in float64.
+
+  Arms p solve backward log p - forward / p = lam + pull, where `pull` is the
+  weighted sum of the logs of what backward KLs go to, `backward` the sum of
+  their weights, and `forward` the weighted target of the forward KL.
+  """
+
+  def policy(lam):
+    s = lam + pull
+    if np.all(forward == 0):
+      return np.exp(s / backward)
+    x = np.log(forward / backward) - s / backward
+    return forward / (backward * lambertw(np.exp(x)).real)
+
+  low, high = -60.0, 60.0
+  for _ in range(200):
+    middle = (low + high) / 2
+    low, high = (middle, high) if policy(middle).sum() < 1 else (low, middle)
+  return policy(low)
 
 
 def model(p=REF):

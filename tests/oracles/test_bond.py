@@ -4,10 +4,15 @@ Best-of-n is the optimum for any Jeffreys weight when the reward is exact; the
 exact-expectation form enumerates all draws, the sampled one draws them.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignjax.core.types import Mean, UserError
 from alignjax.losses.calibration import best_of_n_kl, quantile
+from alignjax.models.tabular import tabular
+from alignjax.recipes import bond as module
 from alignjax.recipes.bond import bond
 from alignjax.stages.rollout import enumerate_arms
 from alignjax.system.optimizer import optimizer
@@ -20,12 +25,12 @@ TABLE = {
 }
 
 
-def exact(n, weight, **changes):
-  model = bandit.model()
+def exact(n, weight, *, ref=bandit.REF, rewards=bandit.REWARD, **changes):
+  model = bandit.model(ref)
   numbers = dict(discrete_correction=True, quantile_floor=1e-9) | changes
   recipe = bond(
     model,
-    bandit.reward(),
+    bandit.reward(rewards),
     n=n,
     jeffreys_weight=weight,
     max_new_tokens=1,
@@ -33,7 +38,7 @@ def exact(n, weight, **changes):
     **numbers,
   )
   draws = [(model.policy('policy'), 1), (model.policy('anchor'), n)]
-  arms = enumerate_arms(draws, arms=5, support=True)
+  arms = enumerate_arms(draws, arms=len(ref), support=True)
   return recipe._replace(stages=(arms, *recipe.stages[1:]))
 
 
@@ -123,23 +128,183 @@ def test_iterative_bond_compounds():
     np.testing.assert_allclose(found, bandit.best_of(bandit.REF, n), atol=1e-5)
 
 
-def test_a_wrong_factor_on_the_backward_gradient_is_seen():
-  # With mixed KLs the optimum of inexact rewards depends on the weights, so a
-  # lost factor n - 1 shows; this guards the test above against being vacuous.
-  right, _ = bandit.run(
-    exact(4, 0.5, discrete_correction=False),
+@pytest.mark.parametrize('n, period', [(2, 60), (4, 60)])
+def test_iterated_n_is_best_of_its_powers(n, period):
+  ref, rewards = np.array([0.3, 0.5, 0.2]), np.array([1.0, 0.0, 4.0])
+  recipe = exact(n, 0.5, ref=ref, rewards=rewards, anchor_period=period)
+  seen = []
+  bandit.run(
+    recipe,
     bandit.natural_gradient(0.5),
     rows=1,
-    steps=100,
+    steps=2 * period,
+    watch=lambda state, _: seen.append(state.params['policy']),
   )
-  # Jeffreys weight w with the factor lost = weight w / 3 of the backward term.
-  lost, _ = bandit.run(
-    exact(4, 0.25, discrete_correction=False),
-    bandit.natural_gradient(0.5),
+  for rounds in (1, 2):
+    found = bandit.probabilities(seen[rounds * period - 1])
+    target = bandit.best_of(ref, n**rounds, rewards)
+    np.testing.assert_allclose(found, target, atol=1e-5)
+
+
+def test_a_moving_average_compounds_too():
+  rewards = []
+  bandit.run(
+    exact(2, 0.5, ema_rate=0.05),
+    bandit.natural_gradient(0.2),
     rows=1,
-    steps=100,
+    steps=150,
+    watch=lambda state, _: rewards.append(
+      bandit.probabilities(state.params['policy']) @ bandit.REWARD
+    ),
   )
-  assert np.abs(right - lost).max() > 5e-3
+  assert np.all(np.diff(rewards) > -1e-6)
+  assert rewards[-1] > bandit.best_of(bandit.REF, 8) @ bandit.REWARD
+
+
+@pytest.mark.parametrize('weight', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('n', [2, 4])
+def test_other_numbers(n, weight):
+  numbers = dict(ref=bandit.OTHER_REF, rewards=bandit.OTHER_REWARD)
+  recipe = exact(n, weight, **numbers)
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.5), rows=1, steps=100)
+  target = bandit.best_of(bandit.OTHER_REF, n, bandit.OTHER_REWARD)
+  np.testing.assert_allclose(found, target, atol=1e-5)
+
+
+def test_best_of_n_of_tied_rewards():
+  # A draw among ties is uniform; the backward form needs no draws at all.
+  tied = np.array([1.0, 0.0, 1.0, 2.0])
+  recipe = exact(4, 1.0, ref=bandit.OTHER_REF, rewards=tied)
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.5), rows=1, steps=100)
+  target = bandit.best_of(bandit.OTHER_REF, 4, tied)
+  np.testing.assert_allclose(found, target, atol=1e-5)
+  np.testing.assert_allclose(target.sum(), 1)
+
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('weight', [0.25, 0.5, 1.0])
+def test_mixed_optimum_without_the_second_term(n, weight):
+  recipe = exact(n, weight, discrete_correction=False)
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.3), rows=1, steps=200)
+  np.testing.assert_allclose(found, without_b(n, weight), atol=1e-5)
+  # The weight on the other term is another policy.
+  if weight == 0.25:
+    assert np.abs(found - without_b(n, 0.75)).max() > 4e-3
+
+
+def without_b(n, weight, ref=bandit.REF, rewards=bandit.REWARD):
+  """The optimum where the reward is log p_<= alone, in float64."""
+  _, upto = bandit.quantiles(ref, rewards)
+  q = ref * upto ** (n - 1)
+  return bandit.mixed(
+    weight * np.log(q / q.sum()),
+    backward=weight,
+    forward=(1 - weight) * bandit.best_of(ref, n, rewards),
+  )
+
+
+def test_a_lost_factor_is_detected():
+  # Backward gradients 1 / (n - 1) as strong: another Jeffreys weight.
+  right = exact(4, 0.5, discrete_correction=False)
+
+  def lost(bundle, batch, key):
+    batch = right.stages[-1](bundle, batch, key)
+    return batch | {'advantage': batch['advantage'] / 3}
+
+  broken = right._replace(stages=(*right.stages[:-1], lost))
+  tx = bandit.natural_gradient(0.3)
+  found, _ = bandit.run(broken, tx, rows=1, steps=200)
+  target = without_b(4, 0.5)
+  assert np.abs(found - target).max() > 4e-3
+
+
+def test_a_gradient_through_the_log_ratio_is_detected():
+  # E[2 log ratio grad log pi]: as if the reference pulled twice.
+  right = exact(2, 1.0)
+
+  def objective(bundle, batch, key):
+    loss, metrics = right.objective(bundle, batch, key)
+    logp = jax.nn.log_softmax(bundle['policy']['logits'][0])
+    logp = logp[batch['response'][:, 0, 0]]
+    live = logp - batch['ref_logp'][:, 0, 0]
+    frozen = batch['advantage'][:, 0, 0] + jax.lax.stop_gradient(live)
+    leaking = Mean.of(-logp * (frozen - live), batch['weight'][:, 0])
+    return loss | {'backward': (1.0, leaking)}, metrics
+
+  tx = bandit.natural_gradient(0.3)
+  broken = right._replace(objective=objective)
+  found, _ = bandit.run(broken, tx, rows=1, steps=100)
+  assert np.abs(found - bandit.best_of(bandit.REF, 2)).max() > 0.02
+
+
+def test_quantiles_are_per_prompt(monkeypatch):
+  # Two prompts whose rewards are on different scales, and one that pools them.
+  table = np.stack([bandit.REWARD, 100 - bandit.REWARD])
+  target = [bandit.best_of(bandit.REF, 2, rewards) for rewards in table]
+
+  def two_prompts():
+    model = tabular(np.log([bandit.REF, bandit.REF]))
+
+    def reward(bundle, batch, key):
+      rows = jnp.asarray(table, jnp.float32)[batch['prompt'][:, -1]]
+      return jnp.take_along_axis(rows[:, None], batch['response'], axis=-1)
+
+    recipe = module.bond(
+      model,
+      reward,
+      n=2,
+      jeffreys_weight=1.0,
+      discrete_correction=True,
+      quantile_floor=1e-9,
+      max_new_tokens=1,
+      baseline='none',
+    )
+    draws = [(model.policy('policy'), 1), (model.policy('anchor'), 2)]
+
+    def each(bundle, batch, key):
+      return batch | {'prompt': batch['id'][:, None] % 2}
+
+    arms = enumerate_arms(draws, arms=5, support=True)
+    recipe = recipe._replace(stages=(each, arms, *recipe.stages[1:]))
+    tx = bandit.natural_gradient(0.5)
+    _, state = bandit.run(recipe, tx, rows=2, steps=100)
+    return np.asarray(jax.nn.softmax(state.params['policy']['logits']))
+
+  np.testing.assert_allclose(two_prompts(), target, atol=1e-5)
+  right = module.quantile_of
+
+  def pooled(reward, reference, weight):
+    everyone = jnp.broadcast_to(
+      reference.ravel(), (len(reward), reference.size)
+    )
+    share = jnp.broadcast_to(weight.ravel(), everyone.shape)
+    return right(reward, everyone, share)
+
+  monkeypatch.setattr(module, 'quantile_of', pooled)
+  assert np.abs(two_prompts() - target).max() > 0.02
+
+
+@pytest.mark.parametrize(
+  'numbers, words',
+  [
+    ({'n': 1}, 'best of 1 is no target'),
+    ({'quantile': 'guessed'}, "recipe.quantile: found 'guessed', expected"),
+    ({'quantile_count': 0}, 'recipe.quantile_count: found 0, expected 1 or'),
+    ({'jeffreys_weight': -0.5}, 'recipe.jeffreys_weight: found -0.5, expected'),
+    ({'anchor_period': 9, 'ema_rate': 0.1}, 'set one of them to 0'),
+    (
+      {'quantile': 'learned', 'discrete_correction': True},
+      "recipe.discrete_correction belongs to recipe.quantile = 'sampled'",
+    ),
+    (
+      {'quantile': 'learned', 'quantile_floor': 0.1},
+      "recipe.quantile_floor belongs to recipe.quantile = 'sampled'",
+    ),
+  ],
+)
+def test_bad_numbers_are_told(numbers, words):
+  with pytest.raises(UserError, match=words):
+    bond(bandit.model(), bandit.reward(), **numbers)
 
 
 def test_quantiles_count_ties_on_one_side_only():

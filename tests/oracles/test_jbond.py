@@ -1,9 +1,10 @@
 """J-BOND on a bandit: the inner optimum with a frozen anchor, and the drift."""
 
+import jax
 import numpy as np
 import pytest
-from scipy.special import lambertw
 
+from alignjax.core.types import Mean, UserError
 from alignjax.recipes import jbond as module
 from alignjax.recipes.jbond import jbond
 from alignjax.stages.rollout import enumerate_arms
@@ -19,34 +20,35 @@ GOLDEN = {
 }
 
 
-def recipe_of(*, frozen=True, exact=True, **numbers):
-  model = bandit.model()
+def recipe_of(
+  *,
+  frozen=True,
+  exact=True,
+  ref=bandit.REF,
+  rewards=bandit.REWARD,
+  **numbers,
+):
+  model = bandit.model(ref)
   numbers = dict(baseline='none' if exact else 'leave_one_out') | numbers
-  recipe = jbond(model, bandit.reward(), max_new_tokens=1, **numbers)
   if frozen:
-    recipe = recipe._replace(follow={'anchor': None})
+    numbers |= dict(ema_rate=0.0, anchor_period=0)
+  recipe = jbond(model, bandit.reward(rewards), max_new_tokens=1, **numbers)
   if exact:
     draws = [(model.policy('policy'), 1), (model.policy('anchor'), 2)]
-    arms = enumerate_arms(draws, arms=5)
+    arms = enumerate_arms(draws, arms=len(ref))
     recipe = recipe._replace(stages=(arms, *recipe.stages[1:]))
   return recipe
 
 
-def solve(weight, gamma):
-  """The mixed optimum, per arm by Lambert W, in float64."""
-  q = bandit.REF * np.exp(EXPECTED_REWARD)
-  q /= q.sum()
-  a, c = weight + gamma, (1 - weight) * BEST_OF_2
-
-  def policy(lam):
-    s = lam + weight * np.log(q) + gamma * np.log(bandit.REF)
-    return c / (a * lambertw(c / a * np.exp(-s / a)).real)
-
-  low, high = -50.0, 50.0
-  for _ in range(200):
-    middle = (low + high) / 2
-    low, high = (middle, high) if policy(middle).sum() < 1 else (low, middle)
-  return policy(low)
+def solve(weight, gamma, ref=bandit.REF, rewards=bandit.REWARD):
+  """The optimum of J-BOND with a fixed anchor `ref`, in float64."""
+  below, upto = bandit.quantiles(ref, rewards)
+  q = ref * np.exp(-np.log(16) * (1 - upto) ** 2)
+  return bandit.mixed(
+    weight * np.log(q / q.sum()) + gamma * np.log(ref),
+    backward=weight + gamma,
+    forward=(1 - weight) * (upto**2 - below**2),
+  )
 
 
 def test_golden_expected_rewards():
@@ -93,8 +95,15 @@ def test_mixed_optimum(gamma):
 
 def test_the_other_sign_of_the_anchor_term_is_detected():
   # The algorithm box's sign: the same objective with gamma = -1.
+  right = recipe_of(anchor_kl_coef=1.0)
+
+  def objective(bundle, batch, key):
+    loss, metrics = right.objective(bundle, batch, key)
+    coefficient, mean = loss['anchor_kl']
+    return loss | {'anchor_kl': (-coefficient, mean)}, metrics
+
   found, _ = bandit.run(
-    recipe_of(anchor_kl_coef=-1.0),
+    right._replace(objective=objective),
     bandit.natural_gradient(0.05),
     rows=1,
     steps=4000,
@@ -102,6 +111,47 @@ def test_the_other_sign_of_the_anchor_term_is_detected():
   wrong = [0.001, 0.013, 0.069, 0.135, 0.782]
   np.testing.assert_allclose(found, wrong, atol=1e-3)
   assert np.abs(found - solve(0.5, 1.0)).max() > 0.5
+
+
+@pytest.mark.parametrize('weight', [0.3, 0.5, 1.0])
+@pytest.mark.parametrize('gamma', [0.0, 1.0, 2.0])
+def test_mixed_optimum_of_other_numbers(gamma, weight):
+  numbers = dict(ref=bandit.OTHER_REF, rewards=bandit.OTHER_REWARD)
+  recipe = recipe_of(anchor_kl_coef=gamma, jeffreys_weight=weight, **numbers)
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.3), rows=1, steps=250)
+  target = solve(weight, gamma, **numbers)
+  np.testing.assert_allclose(found, target, atol=1e-5)
+
+
+def test_the_weight_on_the_wrong_term_is_detected():
+  recipe = recipe_of(jeffreys_weight=0.8)
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.3), rows=1, steps=200)
+  np.testing.assert_allclose(found, solve(0.8, 0.0), atol=1e-5)
+  assert np.abs(found - solve(0.2, 0.0)).max() > 5e-3
+
+
+def test_an_anchor_of_copies_compounds():
+  # Forward only, the fixed point is best-of-2 of the anchor: then of that.
+  recipe = recipe_of(
+    frozen=False, jeffreys_weight=0.0, ema_rate=0.0, anchor_period=60
+  )
+  found, _ = bandit.run(recipe, bandit.natural_gradient(0.5), rows=1, steps=120)
+  np.testing.assert_allclose(found, bandit.best_of(bandit.REF, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'numbers, words',
+  [
+    ({'anchor_period': 50}, 'set one of them to 0'),
+    ({'anchor_period': -1, 'ema_rate': 0.0}, 'recipe.anchor_period: found -1'),
+    ({'ema_rate': 1.5}, 'recipe.ema_rate: found 1.5, expected a number from 0'),
+    ({'anchor_kl_coef': -1.0}, 'recipe.anchor_kl_coef: found -1, expected 0'),
+    ({'jeffreys_weight': 1.1}, 'recipe.jeffreys_weight: found 1.1, expected'),
+  ],
+)
+def test_bad_numbers_are_told(numbers, words):
+  with pytest.raises(UserError, match=words):
+    jbond(bandit.model(), bandit.reward(), **numbers)
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
@@ -160,6 +210,26 @@ def test_gradient_does_not_flow_through_the_log_ratio():
   )
   found, _ = bandit.run(recipe, bandit.natural_gradient(0.5), rows=1, steps=20)
   np.testing.assert_allclose(found, bandit.REF, atol=1e-6)
+
+
+def test_a_missing_stop_gradient_is_detected():
+  # 2 (log ratio) grad log pi instead of once: the pull is twice as strong.
+  right = recipe_of(anchor_kl_coef=1.0)
+
+  def objective(bundle, batch, key):
+    loss, metrics = right.objective(bundle, batch, key)
+    logits = jax.nn.log_softmax(bundle['policy']['logits'][0])
+    ref_logp = batch['ref_logp'][:, 0].sum(-1)
+    logp = logits[batch['response'][:, 0, 0]]
+    live = Mean.of(logp * (logp - ref_logp), batch['weight'][:, 0])
+    return loss | {'anchor_kl': (1.0, live)}, metrics
+
+  tx = bandit.natural_gradient(0.1)
+  found, _ = bandit.run(right, tx, rows=1, steps=300)
+  broken = right._replace(objective=objective)
+  leaked, _ = bandit.run(broken, tx, rows=1, steps=300)
+  np.testing.assert_allclose(found, solve(0.5, 1.0), atol=1e-5)
+  assert np.abs(leaked - solve(0.5, 1.0)).max() > 5e-3
 
 
 def test_microbatches_change_nothing():

@@ -1,0 +1,226 @@
+"""The papers' experiments: every graph is whole, and WARP's really runs."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import alignjax as aj
+from alignjax.cli import config as configs
+from alignjax.cli import parts
+from alignjax.cloud import jobs
+from alignjax.core import lookup, tree
+from alignjax.data.tokenizer import ByteTokenizer
+from alignjax.models import decoder
+from alignjax.models.config import to_json
+from alignjax.system import model_dir
+from configs.papers import bond, infalign, jbond, warp
+from tests import tiny
+from tests.chaos.programs import write_text
+
+GRAPHS = {p.__name__.split('.')[-1]: p for p in (bond, infalign, jbond, warp)}
+
+
+def graph_of(program, config):
+  return jobs.order(
+    job._replace(config=configs.plain(job.config))
+    for job in program.jobs(config)
+  )
+
+
+def strings(value):
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, dict):
+    for item in value.values():
+      yield from strings(item)
+  elif isinstance(value, list | tuple):
+    for item in value:
+      yield from strings(item)
+
+
+@pytest.mark.parametrize('variant', ['', 'tiny'])
+@pytest.mark.parametrize('name', GRAPHS)
+def test_every_reference_is_a_job_or_a_role(name, variant):
+  config = GRAPHS[name].get_config(variant)
+  config.start.policy = 'MODEL'
+  graph = graph_of(GRAPHS[name], config)
+  known = {job.name for job in graph}
+  for job in graph:
+    roles = set(job.config.get('start', {}))
+    named = {s[1:].split('/')[0] for s in strings(job.config) if s[:1] == '@'}
+    assert named <= known | roles, job.name
+  assert graph[-1].verb == 'report'
+  assert 'COMMAND: alignjax run' in GRAPHS[name].__doc__
+
+
+@pytest.mark.parametrize('variant', ['', 'tiny'])
+@pytest.mark.parametrize('name', GRAPHS)
+def test_every_run_is_a_recipe_with_its_roles(name, variant):
+  # Recipes check their numbers when they are built; nothing is trained.
+  for job in graph_of(GRAPHS[name], GRAPHS[name].get_config(variant)):
+    if job.verb != 'train':
+      continue
+    c = configs.from_json(json.dumps(job.config), job.name)
+    assert set(c.recipe) == set(lookup.defaults('recipes', c.recipe.name))
+    recipe = parts.recipe(c, tiny.model(), ByteTokenizer())
+    assert set(c.start) <= set(recipe.init), job.name
+    parts.check_start(c, recipe)
+    lookup.build('system', c.optimizer, c.steps)
+
+
+@pytest.mark.parametrize('name', GRAPHS)
+def test_no_prompt_of_an_evaluation_is_trained_on(name):
+  shares = set()
+  for job in graph_of(GRAPHS[name], GRAPHS[name].get_config()):
+    source = job.config.get('source', {})
+    source = source.get('rows', source)
+    if source:
+      shares.add(source['held_out'])
+      assert source['part'] == (
+        'held_out' if job.verb == 'evaluate' else 'train'
+      )
+  assert len(shares) == 1
+
+
+def test_bond_and_jbond_compare_what_the_paper_compares():
+  def recipes(program):
+    return [
+      job.config['recipe']
+      for job in graph_of(program, program.get_config())
+      if job.verb == 'train'
+    ]
+
+  found = recipes(bond)
+  assert len(found) == 3 * 8
+  fixed = [r for r in found if not r['anchor_period']]
+  assert {r['jeffreys_weight'] for r in fixed} == {0, 0.5, 1}
+  assert {r['n'] for r in found if r['anchor_period']} == {2, 4}
+  assert {r['quantile'] for r in found} == {'sampled', 'learned'}
+  found = recipes(jbond)
+  grid = {r['kl_coef'] for r in found if r['name'] == 'reinforce'}
+  assert grid == {0.001, 0.01, 0.1, 1}
+  own = [r for r in found if r['name'] == 'jbond']
+  assert {r['ema_rate'] for r in own} == {0, 0.02, 0.05}
+  assert {r['anchor_kl_coef'] for r in own} == {0, 1, 2}
+  assert {r['anchor_period'] for r in own} == {0, 50}
+
+
+def test_warp_starts_every_round_anew():
+  config = warp.get_config()
+  config.start.policy = 'SFT'
+  graph = {job.name: job for job in graph_of(warp, config)}
+  runs = {n: j.config for n, j in graph.items() if j.verb == 'train'}
+  assert len(runs) == 9
+  assert len({c['seed'] for c in runs.values()}) == 9  # other prompt orders
+  for name, c in runs.items():
+    i = int(name.split('_')[1])
+    init = 'SFT' if i == 1 else f'@round_{i}_init/model'
+    assert c['start'] == {'policy': init}  # the anchor begins there as well
+    assert c['steps'] == (90, 70, 50)[i - 1]
+    assert 'graph' not in c
+  for i in (1, 2, 3):
+    init = 'SFT' if i == 1 else f'@round_{i}_init/model'
+    merge = graph[f'round_{i}_slerp'].config
+    assert merge['method'] == 'slerp' and merge['base'] == init
+    assert merge['models'] == [f'@round_{i}_run_{m}/model' for m in (1, 2, 3)]
+    front = graph[f'front_{i}'].config
+    assert (front['method'], front['base']) == ('liti', 'SFT')
+    assert front['models'] == [f'@round_{i}_slerp/model']
+  following = graph['round_3_init'].config
+  assert following['base'] == '@round_2_init/model'
+  assert following['models'] == ['@round_2_slerp/model']
+  assert following['liti_rate'] == 0.3
+
+
+@pytest.fixture(scope='module')
+def rounds(tmp_path_factory):
+  """WARP's graph on a decoder of a few thousand weights: 2 rounds of 2 runs."""
+  folder = tmp_path_factory.mktemp('warp')
+  params = tiny.bundle(tiny.model(layers=1), 'policy')['policy']
+  model_dir.write(
+    folder / 'sft',
+    config=to_json(tiny.config(layers=1)),
+    params={'policy': jax.device_get(decoder.canonical(params))},
+    provenance={},
+  )
+  c = warp.get_config('tiny')
+  c.start.policy = str(folder / 'sft')
+  c.source.path = str(write_text(folder / 'text'))
+  c.source.prompt_tokens = 16
+  c.recipe.max_new_tokens = 4
+  c.optimizer.lr = 0.01
+  c.graph.steps, c.graph.rates = (3, 2), (0.5,)
+  c.graph.evaluate.prompts = c.graph.evaluate.batch_size = 8
+  graph = graph_of(warp, c)
+  names = [job.name for job in graph]
+  work = folder / 'work'
+  for job in graph:
+    if job.name == 'evaluate_runs':  # of a kind with the other one
+      continue
+    where = work / job.name
+    where.mkdir(parents=True)
+    settings = jobs.resolved(job.config, names, work)
+    (where / 'job.json').write_text(json.dumps(settings))
+    verb = importlib.import_module(f'alignjax.cli.{job.verb}')
+    arguments = [f'--config={where / "job.json"}', f'--workdir={where}']
+    assert verb.main(arguments) == 0, job.name
+  return folder / 'sft', work
+
+
+def weights(path: Path):
+  return tree.named(aj.load(path).params)
+
+
+def test_warp_runs_and_its_merges_are_the_papers(rounds):
+  sft, work = rounds
+  init = weights(sft)
+  for i, steps in ((1, 3), (2, 2)):
+    runs = [work / f'round_{i}_run_{m}' for m in (1, 2)]
+    for run in runs:
+      lines = (run / 'metrics.jsonl').read_text().splitlines()
+      assert [json.loads(line)['step'] for line in lines] == [
+        *range(1, steps + 1)
+      ]
+    # A fresh anchor has not left the init by the first step's sampling.
+    first = json.loads((runs[0] / 'metrics.jsonl').read_text().splitlines()[0])
+    assert abs(first['anchor_kl']) < 1e-5
+    one, two = (weights(run / 'model') for run in runs)
+    base = aj.load(sft if i == 1 else work / f'round_{i}_init' / 'model')
+    merged = aj.merge(
+      'slerp',
+      base=base.params,
+      models=[aj.load(run / 'model').params for run in runs],
+      t=0.5,
+    )
+    found = weights(work / f'round_{i}_slerp' / 'model')
+    front = weights(work / f'front_{i}' / 'liti_0.50')
+    for name, leaf in tree.named(merged).items():
+      np.testing.assert_allclose(found[name], leaf, atol=1e-6)
+      np.testing.assert_allclose(
+        front[name], (init[name] + found[name]) / 2, atol=1e-6
+      )
+    assert any(np.any(one[name] != two[name]) for name in one)
+    if i == 1:
+      following = weights(work / 'round_2_init' / 'model')
+      for name, leaf in following.items():
+        np.testing.assert_allclose(
+          leaf, 0.7 * init[name] + 0.3 * found[name], atol=1e-6
+        )
+
+
+def test_warp_evaluates_a_front_for_every_round(rounds):
+  _, work = rounds
+  path = work / 'evaluate_rounds' / 'evaluation.json'
+  models = json.loads(path.read_text())['models']
+  assert [m['series'] for m in models] == [
+    '',
+    *['round 1'] * 2,
+    *['round 2'] * 2,
+  ]
+  assert abs(models[0]['kl']['mean']) < 1e-6
+  page = (work / 'report.html').read_text()
+  assert 'LITI, round 1' in page and 'LITI, round 2' in page
