@@ -219,4 +219,7 @@ def build(room: str, section: Any, *parts: Any) -> Any:
     if isinstance(value, ConfigDict):
       value = value.to_dict()
     values[field] = value
+  for field, parameter in parameters.items():
+    if parameter.default is parameter.empty and field not in values:
+      raise UserError(f'{what} needs a value for {field!r}')
   return fn(*parts, **values)
