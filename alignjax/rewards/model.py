@@ -2,16 +2,16 @@
 
 Its number for a response is read behind the response's last token, so that it
 has seen all of it. Of any size and family with the run's tokenizer, at
-`reward_model.path`; such a net is what recipes train beside the policy (PPO's
-`model_value`), and what a reward recipe trains.
+`reward_model.path`; such a net is what recipes train beside the policy, as
+PPO's `model_value`.
 """
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from alignjax.core.types import Model, Reward
+from alignjax.losses.value import of_response
 
 ROLE = 'reward_model'
 
@@ -22,24 +22,13 @@ def model(tokens: Any, reward_model: Model) -> Reward:
   scalar = reward_model.scalar(ROLE)
 
   @jax.jit
-  def scored(bundle, batch):
-    # Token i gets the number of what precedes it: one more token, of padding,
-    # gets that of the whole response.
-    wide = ((0, 0), (0, 0), (0, 1))
-    fields = {
-      'prompt': batch['prompt'],
-      'response': jnp.pad(
-        batch['response'], wide, constant_values=reward_model.pad
-      ),
-      'mask': jnp.pad(batch['mask'], wide, constant_values=True),
-    }
-    length = jnp.sum(batch['mask'], axis=-1, keepdims=True)
-    values = scalar({ROLE: bundle[ROLE]}, fields)
-    return jnp.take_along_axis(values, length, axis=-1)
+  def scored(params, batch):
+    return of_response(scalar, {ROLE: params}, batch)[..., None]
 
   def reward(bundle, batch, key):
     del key
-    return scored(bundle, batch)
+    fields = {name: batch[name] for name in ('prompt', 'response', 'mask')}
+    return scored(bundle[ROLE], fields)
 
   reward.roles = {ROLE: reward_model.scalar_init}
   reward.names = ('reward_model',)
