@@ -24,12 +24,24 @@ temperature.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from alignjax.core import follow
-from alignjax.core.types import Mean, Model, Recipe, Reward, UserError
+from alignjax.core.types import (
+  Batch,
+  Bundle,
+  Loss,
+  Mean,
+  Model,
+  Recipe,
+  Reward,
+  UserError,
+)
 from alignjax.losses.calibration import quantile as quantile_of
 from alignjax.losses.calibration import quantile_nll
 from alignjax.losses.logprob import token_scores
@@ -64,43 +76,17 @@ def bond(
   quantile_count: by default 16 draws to count, or 1 to learn from.
   Raises UserError for numbers out of range and what learning cannot have.
   """
-  arrange.check_baseline(baseline)
-  arrange.check_choice('quantile', quantile, ('sampled', 'learned'))
-  learned = quantile == 'learned'
-  count = (1 if learned else 16) if quantile_count is None else quantile_count
-  arrange.check_numbers(
-    jeffreys_weight=(jeffreys_weight, 0, 1), quantile_count=(count, 1, math.inf)
-  )
-  if n < 2:
-    raise UserError(f'recipe.n: best of {n} is no target; expected 2 or more')
-  if learned:
-    _check_learned(quantile_floor, discrete_correction)
+  _check(n, jeffreys_weight, baseline)
+  if quantile == 'sampled':
+    count = 16 if quantile_count is None else quantile_count
+    told = _counted(count, quantile_floor)
+  else:
+    count = 1 if quantile_count is None else quantile_count
+    told = _learned(model, quantile, quantile_floor, discrete_correction)
+  arrange.check_numbers(quantile_count=(count, 1, math.inf))
   moving = follow.anchor(anchor_period=anchor_period, ema_rate=ema_rate)
-  floor = 1 / (count + 1) if quantile_floor is None else quantile_floor
   policy = tempered(model.policy('policy'), temperature)
   anchor = tempered(model.policy('anchor'), temperature)
-  scalar = model.scalar('quantile')
-
-  # Where log p_<= [B, N] comes from, and what is to be learned for it.
-  def counted(bundle, own, upto):
-    del bundle, own
-    return jnp.log(jnp.maximum(upto, floor))
-
-  def classified(bundle, own, upto):
-    del upto
-    return jax.nn.log_sigmoid(of_response(scalar, bundle, own))
-
-  def nothing(bundle, own, upto):
-    del bundle, own, upto
-    return {}
-
-  def classify(bundle, own, upto):
-    logit = of_response(scalar, bundle, own)
-    loss = Mean.of(quantile_nll(logit, upto), own['weight'])
-    return {'quantile': (1.0, loss)}
-
-  log_quantile = classified if learned else counted
-  learn = classify if learned else nothing
 
   @jax.jit
   def compare(bundle, batch, key):
@@ -114,7 +100,7 @@ def bond(
     below, upto = quantile_of(
       rewards[:, :1], rewards[:, 1 + n :], weight[:, 1 + n :]
     )
-    log_p = log_quantile(bundle, arrange.first(batch, 1), upto)
+    log_p = told.log(bundle, arrange.first(batch, 1), upto)
     bond_reward = log_p
     if discrete_correction:
       powers = (below / jnp.exp(log_p))[..., None] ** jnp.arange(n)
@@ -128,11 +114,11 @@ def bond(
     returns = (n - 1) * bond_reward - log_ratio
     advantage = arrange.advantage(returns, own, baseline=baseline)
     zeros = jnp.zeros_like(advantage)  # y* is imitated, not reinforced
-    told = [jnp.broadcast_to(x, (len(x), 2)) for x in (upto, log_p)]
+    added = [jnp.broadcast_to(x, (len(x), 2)) for x in (upto, log_p)]
     return batch | {
       'advantage': jnp.concatenate([advantage, zeros], axis=1),
       'rewards': jnp.concatenate(
-        [batch['rewards'], jnp.stack(told, axis=-1)], axis=-1
+        [batch['rewards'], jnp.stack(added, axis=-1)], axis=-1
       ),
     }
 
@@ -145,7 +131,7 @@ def bond(
     loss = {
       'forward': (1 - jeffreys_weight, Mean.of(forward, weight[:, 1])),
       'backward': (jeffreys_weight, Mean.of(backward, weight[:, 0])),
-    } | learn(bundle, y, y['rewards'][..., -2])
+    } | told.loss(bundle, y, y['rewards'][..., -2])
     metrics = summary(y, logp[:, :1], entropy[:, :1], names=names(reward))
     return loss, {
       **metrics,
@@ -153,10 +139,9 @@ def bond(
       'best_reward': Mean.of(batch['reward'][:, 1], weight[:, 1]),
     }
 
-  init = {'policy': model.init, 'anchor': model.init}
   return Recipe(
     objective=objective,
-    init=init | ({'quantile': model.scalar_init} if learned else {}),
+    init={'policy': model.init, 'anchor': model.init} | told.init,
     follow={'anchor': moving},
     stages=(
       *overlap(
@@ -175,13 +160,60 @@ def bond(
   )
 
 
-def _check_learned(floor: float | None, discrete_correction: bool) -> None:
-  """A classifier knows p_<= only, and never says 0."""
-  for name, given in (
-    ('quantile_floor', floor is not None),
-    ('discrete_correction', discrete_correction),
-  ):
-    if given:
-      raise UserError(
-        f"recipe.{name} belongs to recipe.quantile = 'sampled', found 'learned'"
-      )
+class _Quantile(NamedTuple):
+  """Who tells log p_<=.
+
+  Attributes:
+    init: the roles that this takes.
+    log: (bundle, the policy's own responses, share p_<= of the draws) ->
+      log p_<= [B, 1].
+    loss: the same arguments -> what is to be learned, {} for nothing.
+  """
+
+  init: dict[str, Callable]
+  log: Callable[[Bundle, Batch, Array], Array]
+  loss: Callable[[Bundle, Batch, Array], Loss]
+
+
+def _counted(count: int, floor: float | None) -> _Quantile:
+  least = 1 / (count + 1) if floor is None else floor
+  return _Quantile(
+    init={},
+    log=lambda bundle, own, upto: jnp.log(jnp.maximum(upto, least)),
+    loss=lambda bundle, own, upto: {},
+  )
+
+
+def _learned(
+  model: Model, word: str, floor: float | None, correction: bool
+) -> _Quantile:
+  """A classifier, which knows p_<= only and never says 0."""
+  arrange.check_choice('quantile', word, ('sampled', 'learned'))
+  given = {
+    'quantile_floor': floor is not None,
+    'discrete_correction': correction,
+  }
+  for name in (name for name, found in given.items() if found):
+    raise UserError(
+      f"recipe.{name} belongs to recipe.quantile = 'sampled', found 'learned'"
+    )
+  scalar = model.scalar('quantile')
+
+  def log(bundle, own, upto):
+    del upto
+    return jax.nn.log_sigmoid(of_response(scalar, bundle, own))
+
+  def loss(bundle, own, upto):
+    logit = of_response(scalar, bundle, own)
+    return {
+      'quantile': (1.0, Mean.of(quantile_nll(logit, upto), own['weight']))
+    }
+
+  return _Quantile({'quantile': model.scalar_init}, log, loss)
+
+
+def _check(n: int, jeffreys_weight: float, baseline: str) -> None:
+  arrange.check_baseline(baseline)
+  arrange.check_numbers(jeffreys_weight=(jeffreys_weight, 0, 1))
+  if n < 2:
+    raise UserError(f'recipe.n: best of {n} is no target; expected 2 or more')

@@ -55,6 +55,35 @@ def test_the_sweep_ends_at_init_and_slerp():
   assert front.sweep(evaluation) == []
 
 
+def rounds():
+  """Two LITI paths from one init, each towards its own SLERP."""
+  models = [synthetic.model('init', 'init', 0.45, 0.0)]
+  for i in (1, 2):
+    mine = [
+      synthetic.model(f'{i}, {r:g}', 'liti', 0.45 + 0.1 * i * r, 4 * r, r)
+      for r in (0.3, 0.6)
+    ]
+    mine.append(synthetic.model(f'round {i}', 'slerp', 0.45 + 0.1 * i, 4.0 + i))
+    models += [m | {'series': f'round {i}'} for m in mine]
+  return {'models': models, 'reference': 'init'}
+
+
+def test_every_round_has_a_path_of_its_own():
+  paths = front.sweeps(rounds())
+  assert list(paths) == ['round 1', 'round 2']
+  for name, path in paths.items():
+    assert [p.rate for p in path] == [0.0, 0.3, 0.6, 1.0]
+    assert (path[0].name, path[-1].name) == ('init', name)
+  assert front.sweep(rounds()) == paths['round 2']
+  drawn = front.front_svg(rounds())
+  assert drawn.count('>LITI, round 1<') == 1
+  assert drawn.count('>LITI, round 2<') == 1
+  assert ink.paler(ink.look('liti').fill, 1) in drawn
+  # Rates are written once, along the last path; the merges have names.
+  got = labels(rounds())
+  assert {'0.3', '0.6', 'round 1', 'round 2', 'init'} == set(got)
+
+
 def test_a_front_of_one_model_can_be_drawn():
   evaluation = {'models': synthetic.evaluation()['models'][:1]}
   assert 'init' in front.front_svg(evaluation)
