@@ -5,9 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from alignjax import evaluate
 from alignjax.models.tabular import tabular
+from alignjax.rewards.diversity import diversity
 from tests.oracles import bandit
 
 
@@ -118,3 +120,52 @@ def test_kl_of_a_tabular_policy_is_exact():
     found.rewards.mean(), policy @ bandit.REWARD, atol=0.05
   )
   assert found.logprob_gap < 1e-5
+
+
+def test_models_and_their_reference_under_guidance():
+  logits = np.array([[1.0, 0.3, -0.2, 0.1, 0.5], [0.2, 0.4, 0.1, -0.3, 0.0]])
+  model = tabular(logits)
+  weights = {'logits': jnp.asarray(logits, jnp.float32)}
+  bundle = {'policy': weights, 'reference': weights}
+  batch = bandit.prompts(4) | {'uncond': jnp.ones((4, 1), jnp.int32)}
+  p, q = (
+    np.exp(x) / np.exp(x).sum()
+    for x in (logits[0], 3 * logits[0] - 2 * logits[1])
+  )
+  for scale, kl, drawn in ((1.0, (p * np.log(p / q)).sum(), p), (3.0, 0.0, q)):
+    write = evaluate.writer(
+      model,
+      count=2000,
+      max_new_tokens=1,
+      temperature=1.0,
+      guidance_scale=scale,
+      reference_guidance_scale=3.0,
+    )
+    out = write(bundle, batch, jax.random.key(0))
+    np.testing.assert_allclose(out['kl'], kl, atol=1e-5)
+    share = np.bincount(np.ravel(out['response']), minlength=5) / 8000
+    np.testing.assert_allclose(share, drawn, atol=0.02)
+
+
+def test_diversity_is_the_mean_over_pairs_of_a_prompt():
+  rng = np.random.default_rng(0)
+  vectors = rng.normal(size=(5, 3)).astype(np.float32)
+  model = tabular(np.zeros((1, 5)))
+  bundle = {'embedding': {'vectors': jnp.asarray(vectors)}}
+  response = rng.integers(0, 5, (4, 3, 1))
+  batch = {
+    'prompt': np.zeros((4, 1), np.int32),
+    'response': response,
+    'mask': np.ones((4, 3, 1), bool),
+  }
+  reward = evaluate.also(bandit.reward(), diversity(model.embed('embedding')))
+  scores = reward(bundle, batch, None)
+  assert scores.shape == (4, 3, 2) and reward.names == ('reward', 'diversity')
+  unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+  x = unit[response[..., 0]]
+  far = 1 - np.einsum('pie,pje->pij', x, x)
+  pairs = [far[:, i, j] for i, j in ((0, 1), (0, 2), (1, 2))]
+  found = responses(scores[..., 0])._replace(rewards=scores)
+  row = evaluate.compare(found, found, reward.names)
+  assert row['diversity']['mean'] == pytest.approx(np.mean(pairs), abs=1e-5)
+  assert row['indicators'] == {}

@@ -206,11 +206,17 @@ def check_start(config: ConfigDict, recipe: Recipe) -> None:
   """
   told = {*config.start, *_paths(config)}
   for role, follow in recipe.follow.items():
-    if follow is None and role not in told:
+    if follow is not None or role in told:
+      continue
+    if GUESTS.get(role, 'tied') != 'tied':
       raise UserError(
-        f'start.{role}: the recipe never trains this role, so say what it is: '
-        "a model's path, '@policy' for a copy of the start"
+        f'{role}.path: expected a model with an {role} head, as recipe embed '
+        'makes it'
       )
+    raise UserError(
+      f'start.{role}: the recipe never trains this role, so say what it is: '
+      "a model's path, '@policy' for a copy of the start"
+    )
 
 
 def start(

@@ -36,8 +36,8 @@ def get_config(variant: str = '') -> ConfigDict:
   c.prompts = 16 if tiny else 256
   c.embed = single(
     defaults('recipes', 'embed'),
-    steps=10 if tiny else 300,
-    batch_size=2 if tiny else 8,
+    steps=10 if tiny else 200,
+    batch_size=2 if tiny else 4,
     lr=1e-3,
   )
   c.embed.source = defaults(

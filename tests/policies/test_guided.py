@@ -9,7 +9,13 @@ from alignjax.core.types import UserError
 from alignjax.losses.logprob import token_logp
 from alignjax.models.recurrentgemma import recurrentgemma
 from alignjax.policies import lm
-from alignjax.policies.combine import ILLEGAL, guided, restrict, tempered
+from alignjax.policies.combine import (
+  ILLEGAL,
+  guided,
+  restrict,
+  tempered,
+  under_guidance,
+)
 from alignjax.policies.sample import sample
 from tests import tiny
 
@@ -106,7 +112,7 @@ def test_steps_are_the_full_pass_is_the_formula(scale, family):
 def test_sampler_and_scorer_agree():
   batch = batch_of(8)
   for temperature in (1.0, 0.7):
-    policy = MODEL.legal(guided(MODEL.bare('policy'), 3.0))
+    policy = under_guidance(MODEL, 'policy', 3.0)
     policy = tempered(policy, temperature)
     out = draw(policy, batch)
     scored = token_logp(policy, policy.view(BUNDLE, batch), batch | out)
@@ -128,7 +134,6 @@ def test_the_ends_draw_what_the_plain_policy_draws(scale, field):
 
 
 def test_masks_go_outermost():
-  # Ids that one part masks and the other does not: certain, if it were inside.
   batch = batch_of()
   batch |= draw(MODEL.policy('policy'), batch, length=3)
   bare = MODEL.bare('policy')
@@ -136,6 +141,11 @@ def test_masks_go_outermost():
   outside = full(restrict(guided(bare, 3.0), [5]), batch)
   assert (np.asarray(outside)[..., 5] == ILLEGAL).all()
   assert np.isfinite(outside).all()
+  # Inside a difference, an id that only one part masks would be certain.
+  without = batch | {'prompt': batch['uncond']}
+  inside = full(restrict(bare, [5]), without)
+  wrong = jax.nn.softmax(3 * full(bare, batch) - 2 * inside)
+  assert float(wrong[..., 5].min()) == 1
 
 
 def test_prompts_must_come_in_pairs():
