@@ -9,6 +9,7 @@ import pytest
 
 from alignjax import evaluate
 from alignjax.models.tabular import tabular
+from alignjax.rewards import compose
 from alignjax.rewards.diversity import diversity
 from tests.oracles import bandit
 
@@ -158,7 +159,7 @@ def test_diversity_is_the_mean_over_pairs_of_a_prompt():
     'response': response,
     'mask': np.ones((4, 3, 1), bool),
   }
-  reward = evaluate.also(bandit.reward(), diversity(model.embed('embedding')))
+  reward = compose.beside(bandit.reward(), diversity(model))
   scores = reward(bundle, batch, None)
   assert scores.shape == (4, 3, 2) and reward.names == ('reward', 'diversity')
   unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

@@ -210,8 +210,8 @@ def check_start(config: ConfigDict, recipe: Recipe) -> None:
       continue
     if GUESTS.get(role, 'tied') != 'tied':
       raise UserError(
-        f'{role}.path: expected a model with an {role} head, as recipe embed '
-        'makes it'
+        f'{role}.path: no model is named; expected one with a head of the kind '
+        f'{GUESTS[role]!r}'
       )
     raise UserError(
       f'start.{role}: the recipe never trains this role, so say what it is: '

@@ -112,7 +112,7 @@ def test_the_reference_is_the_start_under_guidance(where, tmp_path):
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'embedding': {'path': ''}}, 'embedding.path: expected a model with an'),
+    ({'embedding': {'path': ''}}, 'embedding.path: no model is named'),
     ({'embedding': {'path': 'student'}}, 'not an embedding model'),
     ({'start': {'policy': 'encoder/model'}}, 'not a plain language model'),
     ({'start': {'policy': 'student'}}, 'start.teacher: the recipe never'),

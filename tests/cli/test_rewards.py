@@ -150,7 +150,7 @@ def test_what_was_saved_is_what_scores(where):
 @pytest.mark.parametrize(
   'path, words',
   [
-    ('', r'start.reward_model: the recipe never trains this role'),
+    ('', r'reward_model.path: no model is named; .* kind .scalar'),
     ('policy', "head is 'tied', expected 'scalar'"),
     ('nowhere', 'no model at'),
   ],
