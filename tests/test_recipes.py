@@ -22,6 +22,8 @@ NAMES = sorted(
   for path in (Path(alignjax.__file__).parent / 'recipes').glob('[!_]*.py')
 )
 PARTS = {'reward': tiny.evenness, 'teacher': tiny.model()}
+# What a recipe cannot do without: its own parts and numbers.
+NEEDS = {'clp': ({'reward': tiny.two}, {'objectives': ('even', 'small')})}
 # The first step of every recipe. If you did not mean to change behaviour, a
 # failure is a bug.
 GOLDEN = {
@@ -31,6 +33,14 @@ GOLDEN = {
     'loss/backward': -0.0207891,
     'loss/forward': 34.3536,
     'reward': 0.5,
+  },
+  'clp': {
+    'entropy': 5.39168,
+    'grad_norm': 5.87167,
+    'loss/policy_gradient': 0.459893,
+    'own/even': 0.424697,
+    'reward': 0.532608,
+    'reward/small': 0.572917,
   },
   'distill': {'grad_norm': 0.209069, 'loss/kl': 0.335489, 'nll': 5.66469},
   'gkd': {
@@ -85,12 +95,14 @@ GOLDEN = {
 
 def build(name):
   fn = lookup.find('recipes', name)
+  own, changed = NEEDS.get(name, ({}, {}))
+  given = PARTS | own
   parts = [
-    tiny.model() if parameter.name == 'model' else PARTS[parameter.name]
+    tiny.model() if parameter.name == 'model' else given[parameter.name]
     for parameter in inspect.signature(fn).parameters.values()
     if parameter.kind is not parameter.KEYWORD_ONLY
   ]
-  numbers = lookup.defaults('recipes', name)
+  numbers = lookup.defaults('recipes', name, **changed)
   if 'max_new_tokens' in numbers:
     numbers.max_new_tokens = 6
   return lookup.build('recipes', numbers, *parts)
