@@ -76,7 +76,12 @@ def _setting(config) -> _Setting:
   )
   directories = {}
   for entry in config.models:
-    found = parts.opened(entry['path'], shape, f'models: {entry["name"]}')
+    found = parts.opened(
+      entry['path'],
+      shape,
+      f'models: {entry["name"]}',
+      entry.get('weights') or None,
+    )
     directories[entry['name']] = found
   if config.prompts > len(source) or config.prompts % config.batch_size:
     raise UserError(
@@ -200,6 +205,7 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
       'name': entry['name'],
       'kind': entry['kind'],
       'liti_rate': entry.get('liti_rate'),
+      'weights': list(entry.get('weights') or ()),
       **evaluate.compare(results[entry['name']], reference, names),
     }
     for entry in config.models

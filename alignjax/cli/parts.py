@@ -7,6 +7,7 @@ Nothing below this file reads a config.
 
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,10 @@ def load_params(found: Opened, what: Config) -> Params:
 
 def digest(found: Opened) -> str:
   """One name for the weights of an opened model, in any format."""
+  if found.weights:
+    parts = model_dir.read(found.path)
+    of = {role: model_dir.digest(parts, role) for role in parts.roles}
+    return model_dir.digest_of({**of, 'weights': str(found.weights)})
   if found.format == 'alignjax':
     return model_dir.digest(model_dir.read(found.path))
   sums: dict[str, str] = {}
@@ -132,9 +137,11 @@ def digest(found: Opened) -> str:
   return model_dir.digest_of(sums)
 
 
-def opened(path: str, config: Config, what: str) -> Opened:
-  """A model on disk, which must be of `config`."""
-  found = files_of.open(path)
+def opened(
+  path: str, config: Config, what: str, weights: Sequence[float] | None = None
+) -> Opened:
+  """A model on disk, which must be of `config`; `weights` mix a conditioned."""
+  found = files_of.open(path, weights=weights)
   # How it is computed is free; what is computed is not.
   expected = to_json(config)
   differ = [

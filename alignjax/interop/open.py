@@ -4,8 +4,9 @@ Three formats: our model directories, Hugging Face directories, DeepMind's
 Orbax trees. Pickles are refused by name, without a look inside.
 """
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from etils import epath
 
 from alignjax.core import tree
 from alignjax.core.types import UserError
-from alignjax.interop import deepmind, hf, orbax
+from alignjax.interop import deepmind, hf, mixture, orbax
 from alignjax.interop.hf_files import PICKLES
 from alignjax.interop.opened import Opened
 from alignjax.models import decoder
@@ -31,6 +32,7 @@ def open(  # noqa: A001
   *,
   role: str = 'policy',
   window_self: bool | None = None,
+  weights: Sequence[float] | None = None,
 ) -> Opened:
   """What a model directory of any format holds; no weights are read.
 
@@ -38,6 +40,7 @@ def open(  # noqa: A001
     path: the directory; local, or gs:// where the format allows.
     role: which params of one of our directories.
     window_self: overrides how the window counts (see Config).
+    weights: of a conditioned model of ours, which is then a plain one.
 
   Raises UserError if there is no model, or one that is not sound.
   """
@@ -47,8 +50,10 @@ def open(  # noqa: A001
   if not path.is_dir():
     raise _not_a_directory(path)
   if (path / 'model.json').exists():
-    return _ours(path, role, window_self)
+    return _ours(path, role, window_self, weights)
   names = sorted(file.name for file in path.iterdir())
+  if weights is not None:
+    raise UserError(f'{path} takes no weights: only conditioned models of ours')
   if role != 'policy':
     raise UserError(f'{path} has no roles, so no {role!r}: only ours have')
   if any(
@@ -95,9 +100,18 @@ def _not_a_directory(path: epath.Path) -> UserError:
   return UserError(f'{path} is a file, expected the directory of a model')
 
 
-def _ours(path: epath.Path, role: str, window_self: bool | None) -> Opened:
+def _ours(
+  path: epath.Path,
+  role: str,
+  window_self: bool | None,
+  weights: Sequence[float] | None,
+) -> Opened:
   found = model_dir.read(path)
-  for field, expected in (('view', 'plain'), ('head', 'tied')):
+  mixing: tuple[float, ...] = ()
+  if found.view == 'conditioned' or weights is not None:
+    mixing = mixture.checked(found, weights)
+  plain = (('view', 'plain'), ('head', 'tied'))
+  for field, expected in () if mixing else plain:
     if (value := getattr(found, field)) != expected:
       raise UserError(
         f'{path}: {field} is {value!r}, expected {expected!r}: not a plain'
@@ -106,10 +120,16 @@ def _ours(path: epath.Path, role: str, window_self: bool | None) -> Opened:
   values = dict(found.config)
   if window_self is not None:
     values['window_self'] = window_self
-  leaves = model_dir.leaves(found, role)
   config = from_json(values)
+  if mixing:
+    leaves, load = mixture.mixed(found, mixing)
+  else:
+    leaves = model_dir.leaves(found, role)
+    load = functools.partial(model_dir.load_leaf, found, role)
+
   if role == 'policy':
-    _check(path, config, leaves)
+    tied = {n: x for n, x in leaves.items() if n != 'unembedding'}
+    _check(path, config, tied if mixing else leaves)
   # Their names have dots where ours have slashes.
   source = found.provenance.get('source', {})
   joint = '.' if source.get('format') == 'hf' else '/'
@@ -128,13 +148,14 @@ def _ours(path: epath.Path, role: str, window_self: bool | None) -> Opened:
     format='alignjax',
     config=config,
     leaves=leaves,
-    load=lambda name: model_dir.load_leaf(found, role, name),
+    load=load,
     origin={name: (name,) for name in leaves},
     tokenizer=found.tokenizer,
     files=tuple(f for f in found.files if f.name not in CERTIFICATES),
     provenance=found.provenance,
     extra=specs,
     load_extra=load_extra,
+    weights=mixing,
   )
 
 

@@ -75,16 +75,23 @@ def clp(
   """
   arrange.check_baseline(baseline)
   check(concentration, kl_coef_low, kl_coef_high, groups, temperature)
-  columns = chosen(reward, objectives)
   vary = kl_coef_high > kl_coef_low
-  if len(columns) == 1 and not vary:
-    raise UserError(
-      'recipe.objectives: found one and a single kl_coef, expected two or more '
-      'objectives or kl_coef_low < kl_coef_high: nothing to condition on'
-    )
-  mixed = conditioned.conditioned(model.policy, 'policy', reference=vary)
-  policy = tempered(mixed, temperature)
+  columns = chosen(reward, objectives, least=1 if vary else 2)
+  policy = conditioned.conditioned(model.policy, 'policy', reference=vary)
+  policy = tempered(policy, temperature)
   fixed = tempered(model.policy('reference'), temperature)
+
+  draw_responses = rollout(
+    [(policy, response_count)],
+    max_new_tokens=max_new_tokens,
+    stop=model.stop,
+    pad=model.pad,
+  )
+
+  last = [conditioned.REFERENCE] if vary else []
+
+  def copies(params):
+    return conditioned.split(params, len(columns), copied)
 
   def draw(key):
     w = jax.random.dirichlet(
@@ -98,9 +105,8 @@ def clp(
   def returns(bundle, batch, key):
     del bundle, key
     w, alpha = meaning(batch['condition'], kl_coef_low, vary)
-    scalar = jnp.einsum(
-      'bnk,bk->bn', batch['rewards'][..., jnp.array(columns)], w
-    )
+    own = batch['rewards'][..., jnp.array(columns)]
+    scalar = jnp.einsum('bnk,bk->bn', own, w)
     log_ratio = jnp.sum(batch['sample_logp'] - batch['ref_logp'], axis=-1)
     total = (1 - alpha) * scalar - alpha * log_ratio
     return batch | {
@@ -129,24 +135,11 @@ def clp(
     objective=objective,
     init={'policy': model.init, 'reference': model.init},
     follow={'reference': None},
-    mixed={
-      'policy': Mixed(
-        lambda params: conditioned.split(params, len(columns), copied),
-        (*objectives, *([conditioned.REFERENCE] if vary else [])),
-      )
-    },
+    mixed={'policy': Mixed(copies, (*objectives, *last))},
     stages=(
       grouping.write(draw, groups),
       *overlap(
-        grouping.grouped(
-          rollout(
-            [(policy, response_count)],
-            max_new_tokens=max_new_tokens,
-            stop=model.stop,
-            pad=model.pad,
-          ),
-          groups,
-        ),
+        grouping.grouped(draw_responses, groups),
         score(reward),
         chunks=rollout_chunks,
       ),
@@ -173,14 +166,21 @@ def meaning(condition, lowest: float, vary: bool):
   return condition[:, :-1] / k, 1 / (1 + k * (1 - lowest) / lowest)
 
 
-def chosen(reward: Reward, objectives: Sequence[str]) -> list[int]:
-  """Which scores of the reward the objectives are."""
+def chosen(
+  reward: Reward, objectives: Sequence[str], least: int = 1
+) -> list[int]:
+  """Which scores of the reward the objectives are; at `least` so many."""
   known = names(reward)
   wrong = [name for name in objectives if name not in known]
   if wrong or not objectives or len(set(objectives)) < len(objectives):
     raise UserError(
       f'recipe.objectives: found {list(objectives)}, expected different names '
       f'of the scores of the reward: {list(known)}'
+    )
+  if len(objectives) < least:
+    raise UserError(
+      'recipe.objectives: found one and a single kl_coef, expected two or more '
+      'objectives or kl_coef_low < kl_coef_high: nothing to condition on'
     )
   return [known.index(name) for name in objectives]
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from alignjax import train
+from alignjax.core.types import Model, Policy, UserError
 from alignjax.models.tabular import tabular
 from alignjax.policies import conditioned
 from alignjax.recipes import clp as recipes
@@ -184,3 +185,148 @@ def test_kl_as_a_condition():
       condition = recipes.mixing(jnp.asarray(w), alpha, 0.4, True)
       found = at(model, bundle, condition)
       np.testing.assert_allclose(found, optimum(w, alpha), atol=1e-5)
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_sampled_form(seed):
+  model = table()
+  recipe = recipe_of(model, exact=False)
+  bundle, _ = fit(recipe, sgd(4.0, 0.02), rows=2048, steps=400, seed=seed)
+  for w in SIMPLEX:
+    np.testing.assert_allclose(at(model, bundle, w), optimum(w, 0.5), atol=1e-2)
+
+
+def test_microbatches_and_single_responses_change_nothing():
+  # 16 rows in 4 groups, over 1 or 4 microbatches; and a lone response's
+  # baseline is its own group's.
+  model = table()
+  recipe = recipe_of(model, exact=False, groups=4, response_count=1)
+  tables = [
+    fit(recipe, sgd(1.0), rows=16, steps=3, microbatches=parts)[0]['policy']
+    for parts in (1, 4)
+  ]
+  for other in tables[1:]:
+    for a, b in zip(jax.tree.leaves(tables[0]), jax.tree.leaves(other)):
+      np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def product() -> Model:
+  """logits = log ref + b a: equal policies, unequal parameters."""
+
+  def policy(role) -> Policy:
+    def view(bundle, batch):
+      p = bundle[role]
+      return (jnp.log(jnp.asarray(REF, jnp.float32)) + p['b'] * p['a'])[None]
+
+    return table().policy(role)._replace(view=view)
+
+  return table()._replace(
+    init=lambda key: {'a': jnp.zeros(4), 'b': jnp.ones(1)}, policy=policy
+  )
+
+
+def mean_value(policy_of, alpha=0.5):
+  """V averaged over the weightings, and the best there is."""
+  found = np.mean([value(policy_of(w), w, alpha) for w in SIMPLEX])
+  return found, np.mean([value(optimum(w, alpha), w, alpha) for w in SIMPLEX])
+
+
+def test_soups_fail_where_training_the_mixture_does_not():
+  model = product()
+  experts = {
+    str(i): {
+      'a': jnp.asarray(sign * REWARDS[i], jnp.float32),
+      'b': jnp.array([float(sign)]),
+    }
+    for i, sign in enumerate((1, -1))
+  }
+  soup = {'policy': {'copies': experts}}
+  for w in np.eye(2):
+    np.testing.assert_allclose(at(model, soup, w), optimum(w, 0.5), atol=1e-6)
+  np.testing.assert_allclose(at(model, soup, (0.5, 0.5)), REF, atol=1e-6)
+  found, best = mean_value(lambda w: at(model, soup, w))
+  assert best - found > 0.01
+  bundle, _ = fit(recipe_of(model), sgd(0.5), rows=8, steps=3000)
+  found, best = mean_value(lambda w: at(model, bundle, w))
+  assert -1e-6 < best - found < 1e-3
+
+
+def unscaled(params, condition, reference=None):
+  """Mixed weights whose gradient does not know the weights."""
+  hold = jax.lax.stop_gradient
+  ends = params['copies'].values()
+  return jax.tree.map(
+    lambda *xs: sum(w * hold(x) + x - hold(x) for w, x in zip(condition, xs)),
+    *ends,
+  )
+
+
+def test_mistakes_are_detected(monkeypatch):
+  model, good = table(), conditioned.mix
+  over = grouping.over
+
+  def worst():
+    bundle, _ = fit(recipe_of(model), sgd(2.0), rows=8, steps=200)
+    monkeypatch.undo()
+    return max(
+      np.abs(at(model, bundle, w) - optimum(w, 0.5)).max() for w in SIMPLEX
+    )
+
+  assert worst() < 0.02
+  ignored = jnp.array([0.5, 0.5])
+  monkeypatch.setattr(
+    conditioned, 'mix', lambda params, w, fixed=None: good(params, ignored)
+  )
+  assert worst() > 0.1  # conditions ignored
+  monkeypatch.setattr(
+    jax.random, 'dirichlet', lambda key, a: jnp.full(len(a), 1 / len(a))
+  )
+  assert worst() > 0.1  # one fixed weighting
+  monkeypatch.setattr(conditioned, 'mix', unscaled)
+  assert worst() > 0.1  # a copy's gradient without its weight
+  monkeypatch.setattr(
+    grouping, 'over', lambda fn, batch, groups: over(fn, batch, 1)
+  )
+  assert worst() > 0.05  # weights drawn per row, mixed per batch
+
+
+def test_conditions_depend_on_the_step_and_the_group_only():
+  recipe = recipe_of(table(), groups=4)
+  key = jax.random.key(3)
+
+  def drawn(rows, key):
+    ids = {'id': jnp.arange(rows) + rows}
+    return np.asarray(recipe.stages[0]({}, ids, key)['condition'])
+
+  few, many = drawn(4, key), drawn(12, key)
+  np.testing.assert_array_equal(np.repeat(few, 3, axis=0), many)
+  assert len({tuple(row) for row in few}) == 4
+  assert not np.array_equal(few, drawn(4, jax.random.key(4)))
+  np.testing.assert_allclose(few.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'numbers, message',
+  [
+    (dict(objectives=()), 'recipe.objectives: found '),
+    (dict(objectives=('r0', 'nice')), "names of the scores .*'other', 'r0'"),
+    (dict(objectives=('r0', 'r0')), 'expected different names'),
+    (dict(objectives=('r0',)), 'nothing to condition on'),
+    (dict(kl_coef_low=0.6), 'recipe.kl_coef_high: found 0.5'),
+    (dict(kl_coef_low=0.0), 'recipe.kl_coef_low: found 0'),
+    (dict(concentration=0.0), 'recipe.concentration'),
+    (dict(groups=0), 'recipe.groups: found 0'),
+  ],
+)
+def test_bad_numbers(numbers, message):
+  with pytest.raises(UserError, match=message):
+    recipe_of(table(), exact=False, **numbers)
+
+
+def test_groups_must_divide_the_rows():
+  recipe = recipe_of(table(), exact=False, groups=3)
+  with pytest.raises(UserError, match='groups = 3 does not divide the 4 rows'):
+    fit(recipe, sgd(1.0), rows=4, steps=1)
+  recipe = recipe_of(table(), exact=False, groups=4)
+  with pytest.raises(UserError, match='does not divide the 2 rows'):
+    fit(recipe, sgd(1.0), rows=4, steps=1, microbatches=2)
