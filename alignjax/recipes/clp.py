@@ -39,6 +39,7 @@ from alignjax.core.types import (
   Model,
   Recipe,
   Reward,
+  Stage,
   UserError,
 )
 from alignjax.losses.logprob import token_scores
@@ -88,6 +89,7 @@ def clp(
     pad=model.pad,
   )
 
+  returns = scalarised(columns, kl_coef_low, vary, baseline)
   last = [conditioned.REFERENCE] if vary else []
 
   def copies(params):
@@ -102,18 +104,6 @@ def clp(
     )
     return mixing(w, alpha, kl_coef_low, vary)
 
-  def returns(bundle, batch, key):
-    del bundle, key
-    w, alpha = meaning(batch['condition'], kl_coef_low, vary)
-    own = batch['rewards'][..., jnp.array(columns)]
-    scalar = jnp.einsum('bnk,bk->bn', own, w)
-    log_ratio = jnp.sum(batch['sample_logp'] - batch['ref_logp'], axis=-1)
-    total = (1 - alpha) * scalar - alpha * log_ratio
-    return batch | {
-      'reward': scalar,
-      'advantage': arrange.advantage(total, batch, baseline=baseline),
-    }
-
   def objective(bundle, batch, key):
     del key
     logp, entropy = grouping.over(
@@ -125,11 +115,8 @@ def clp(
     metrics = summary(batch, logp, entropy, names=names(reward), kl='kl')
     w, alpha = meaning(batch['condition'], kl_coef_low, vary)
     out = {**metrics, 'kl_coef': Mean.of(alpha, jnp.ones_like(alpha))}
-    for i, column in enumerate(columns):
-      name, raw = objectives[i], batch['rewards'][..., column]
-      out[f'reward/{name}'] = Mean.of(raw, batch['weight'])
-      out[f'own/{name}'] = Mean.of(raw, batch['weight'] * w[:, i, None])
-    return {'policy_gradient': (1.0, loss)}, out
+    own = steering(batch, objectives, columns, w)
+    return {'policy_gradient': (1.0, loss)}, {**out, **own}
 
   return Recipe(
     objective=objective,
@@ -148,6 +135,96 @@ def clp(
       grouping.grouped(returns, groups),
     ),
   )
+
+
+def told(
+  model: Model,
+  reward: Reward,
+  *,
+  objectives: Sequence[str] = (),
+  kl_coef: float = 0.1,
+  response_count: int = 2,
+  max_new_tokens: int = 64,
+  temperature: float = 1.0,
+) -> Recipe:
+  """The baseline: the weights of `condition` are words of the prompt.
+
+  A plain policy on the source `weighted`; rewards and reference read the
+  prompt without the words. KL strength is fixed.
+  """
+  check(1.0, kl_coef, kl_coef, 1, temperature)
+  arrange.check_numbers(response_count=(response_count, 2, math.inf))
+  columns = chosen(reward, objectives, least=2)
+  policy = tempered(model.policy('policy'), temperature)
+  fixed = tempered(model.policy('reference'), temperature)
+
+  def bare(stage):
+    def on(bundle, batch, key):
+      if batch.get('condition', jnp.zeros((1, 0))).shape[1] != len(columns):
+        raise UserError(
+          'recipe clp.told: rows without a weight for each of '
+          f'{list(objectives)}, expected the source weighted with count = '
+          f'{len(columns)}'
+        )
+      plain = batch | {'prompt': batch['uncond']}
+      return stage(bundle, plain, key) | {'prompt': batch['prompt']}
+
+    return on
+
+  def objective(bundle, batch, key):
+    del key
+    logp, entropy = token_scores(policy, policy.view(bundle, batch), batch)
+    loss = Mean.of(reinforce(logp, batch['advantage']), batch['weight'])
+    metrics = summary(batch, logp, entropy, names=names(reward), kl='kl')
+    w = batch['condition']
+    own = steering(batch, objectives, columns, w)
+    return {'policy_gradient': (1.0, loss)}, {**metrics, **own}
+
+  return Recipe(
+    objective=objective,
+    init={'policy': model.init, 'reference': model.init},
+    follow={'reference': None},
+    stages=(
+      rollout(
+        [(policy, response_count)],
+        max_new_tokens=max_new_tokens,
+        stop=model.stop,
+        pad=model.pad,
+      ),
+      bare(score(reward)),
+      bare(reference(fixed)),
+      scalarised(columns, kl_coef, False, 'leave_one_out'),
+    ),
+  )
+
+
+def scalarised(columns, lowest: float, vary: bool, baseline: str) -> Stage:
+  """A stage: reward = w.R, and the advantage of (1 - a) w.R - a log ratio."""
+
+  @jax.jit
+  def stage(bundle, batch, key):
+    del bundle, key
+    w, alpha = meaning(batch['condition'], lowest, vary)
+    own = batch['rewards'][..., jnp.array(columns)]
+    scalar = jnp.einsum('bnk,bk->bn', own, w)
+    log_ratio = jnp.sum(batch['sample_logp'] - batch['ref_logp'], axis=-1)
+    total = (1 - alpha) * scalar - alpha * log_ratio
+    return batch | {
+      'reward': scalar,
+      'advantage': arrange.advantage(total, batch, baseline=baseline),
+    }
+
+  return stage
+
+
+def steering(batch, objectives, columns, w) -> dict[str, Mean]:
+  """Raw means of the objectives, plain and under their own weights."""
+  out = {}
+  for i, (name, column) in enumerate(zip(objectives, columns)):
+    raw = batch['rewards'][..., column]
+    out[f'reward/{name}'] = Mean.of(raw, batch['weight'])
+    out[f'own/{name}'] = Mean.of(raw, batch['weight'] * w[:, i, None])
+  return out
 
 
 def mixing(w, alpha, lowest: float, vary: bool):

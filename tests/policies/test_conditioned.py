@@ -73,7 +73,7 @@ def test_ends_are_plain_models_and_sampler_meets_scorer(copied):
 
 
 def test_mixing_the_last_layer_mixes_logits():
-  config = tiny.config(family='gemma1', window=0)  # without a soft cap
+  config = tiny.config(family='gemma1')  # without a soft cap
   policy = conditioned.conditioned(lambda role: lm.lm(config, role), 'policy')
   plain = decoder.init(config, jax.random.key(0))
   role = conditioned.split(plain, 2, 'logits')
