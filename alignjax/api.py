@@ -61,6 +61,7 @@ def load(
   *,
   dtype: str | None = None,
   window_self: bool | None = None,
+  weights: Sequence[float] | None = None,
 ) -> LoadedModel:
   """Reads a model: our directory, a Hugging Face one, or a DeepMind tree.
 
@@ -71,11 +72,15 @@ def load(
       word. The params keep the dtype they are stored in.
     window_self: whether a window of W counts the query's own key; None takes
       the format's word (RecurrentGemma's W + 1, see Config).
+    weights: of a conditioned model, which comes back mixed by them, as a
+      plain one; its copies are the roles of its directory.
 
   Raises UserError if there is no sound model, or if its tokenizer has more ids
   than the embedding has rows. Checksums are verified where a format has them.
   """
-  found = files_of.open(path, role=role, window_self=window_self)
+  found = files_of.open(
+    path, role=role, window_self=window_self, weights=weights
+  )
   convert.check_tokenizer(found, found.config.vocab_size)
   config, file = found.config, found.tokenizer
   if dtype is not None:

@@ -82,10 +82,11 @@ def writer(
       pad=model.pad,
     )
     batch = batch | drawn
-    ref_weights = reference.view(bundle, batch)
+    plain = unsaid(batch)
+    ref_weights = reference.view(bundle, plain)
     parts = [
       (policy, weights, policy.features(weights, batch)[0]),
-      (reference, ref_weights, reference.features(ref_weights, batch)[0]),
+      (reference, ref_weights, reference.features(ref_weights, plain)[0]),
     ]
 
     def scores(logits, ref_logits, tokens):
@@ -114,6 +115,11 @@ def writer(
   return write
 
 
+def unsaid(batch: Batch) -> Batch:
+  """The batch with the prompts that rewards and references are about."""
+  return batch | {'prompt': batch.get('uncond', batch['prompt'])}
+
+
 def responses(
   write: Callable,
   bundle: Mapping[str, Params],
@@ -126,7 +132,7 @@ def responses(
   parts, done, tokens, begun = [], 0, 0, time.monotonic()
   for batch in batches:
     out = write(bundle, batch, key)
-    scored = batch | {name: out[name] for name in ('response', 'mask')}
+    scored = unsaid(batch) | {k: out[k] for k in ('response', 'mask')}
     out['rewards'] = reward(bundle, scored, key)
     parts.append({name: np.asarray(x) for name, x in out.items()})
     done += len(batch['id'])
@@ -241,6 +247,9 @@ def compare(
   return {
     'reward': interval(reward),
     **({DIVERSITY: distances[0]} if distances else {}),
+    'scores': {
+      name: interval(found.rewards[..., i]) for i, name in enumerate(names)
+    },
     'kl': interval(found.kl),
     'kl_sampled': interval(found.kl_sampled),
     'length': interval(found.length),

@@ -68,6 +68,9 @@ def init_state(
       if isinstance(origin, str):
         bundle[role] = bundle[origin[1:]]
       bundle[role] = _with_head(bundle[role], recipe.init[role], key)
+    # Last, so that '@policy' is a copy of the plain model.
+    for role, mixed in recipe.mixed.items():
+      bundle[role] = mixed.make(bundle[role])
     params = {k: v for k, v in bundle.items() if k not in recipe.follow}
     params = tree.cast(params, jnp.float32)  # master weights
     # A follower in bfloat16 would never move; a fixed role may stay as it is.

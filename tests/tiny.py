@@ -78,6 +78,17 @@ def evenness(bundle, batch, key):
   return score[..., None].astype(jnp.float32)
 
 
+def two(bundle, batch, key):
+  """Two rewards: the share of even tokens, and of small ones."""
+  small = (batch['response'] < 128) & batch['mask']
+  share = small.sum(-1) / jnp.maximum(batch['mask'].sum(-1), 1)
+  even = evenness(bundle, batch, key)
+  return jnp.concatenate([even, share[..., None].astype(jnp.float32)], axis=-1)
+
+
+two.names = ('even', 'small')
+
+
 def bundle(model, *roles, seed=0):
   return {
     role: jax.jit(model.init)(jax.random.key(seed + i))

@@ -78,7 +78,12 @@ def _setting(config) -> _Setting:
   )
   directories = {}
   for entry in config.models:
-    found = parts.opened(entry['path'], shape, f'models: {entry["name"]}')
+    found = parts.opened(
+      entry['path'],
+      shape,
+      f'models: {entry["name"]}',
+      entry.get('weights') or None,
+    )
     directories[entry['name']] = found
   if config.prompts > len(source) or config.prompts % config.batch_size:
     raise UserError(
@@ -132,6 +137,7 @@ def _evaluate(config, workdir: Path) -> None:
   parts.compilation_cache(workdir)
   plain = configs.plain(config)
   plain.pop('models')
+  plain.pop('objectives', None)  # what is drawn, not what is written
 
   def load(name):
     return parts.load_params(setting.directories[name], setting.shape)
@@ -142,44 +148,65 @@ def _evaluate(config, workdir: Path) -> None:
   }
   reference = load(config.reference)
   others = [name for name in digests if name != config.reference]
+  words = {e['name']: list(e.get('said') or ()) for e in config.models}
+  stamps = {name: (digests[name], words[name]) for name in digests}
   results = {}
   for name in (config.reference, *others):
     # The end of a LITI line is the merged model itself: written once.
-    twin = next((o for o in results if digests[o] == digests[name]), None)
+    twin = next((o for o in results if stamps[o] == stamps[name]), None)
     if twin is not None and twin != config.reference:
       results[name] = results[twin]
       continue
     stamp = json.dumps(
-      [plain, digests[name], digests[config.reference], read], sort_keys=True
+      [plain, digests[name], digests[config.reference], read, *words[name]],
+      sort_keys=True,
     )
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
     kept = _kept(workdir / 'responses' / file, stamp)
     if kept is None:
       bundle = {**guests, 'policy': load(name), 'reference': reference}
       label = f'evaluate {len(results) + 1}/{len(digests)} {name}'
-      kept = _responses(config, setting, bundle, label, name)
+      kept = _responses(config, setting, bundle, label, name, words[name])
       _keep(workdir / 'responses' / file, stamp, kept)
     results[name] = kept
   _write(config, workdir, setting, results)
 
 
-def _responses(config, setting: _Setting, bundle, label: str, name: str):
+def _responses(config, setting: _Setting, bundle, label, name: str, words):
   import jax
 
   from alignjax import evaluate
+  from alignjax.data import weighted
   from alignjax.system import metrics
 
   is_reference = name == config.reference
   count = config.reference_responses if is_reference else config.responses
+  batches = setting.batches
+  if words:  # a model that is told its weights in the prompt
+    batches = [
+      batch
+      | weighted.said(
+        setting.tokens, batch['prompt'], [words] * len(batch['id'])
+      )
+      for batch in batches
+    ]
   with metrics.progress(label, config.prompts) as advance:
     return evaluate.responses(
       setting.writers[count, _scale(config, name)],
       bundle,
-      setting.batches,
+      batches,
       setting.reward,
       jax.random.key(config.seed),
       advance,
     )
+
+
+def _weights(entry) -> list[float]:
+  """What a model's objectives weigh: mixed, told, or merged `at`."""
+  for field in ('weights', 'said', 'at'):
+    if entry.get(field):
+      return list(entry[field])
+  return []
 
 
 def _kept(file: Path, stamp: str):
@@ -221,6 +248,7 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
       'kind': entry['kind'],
       'liti_rate': entry.get('liti_rate'),
       'series': entry.get('series', ''),
+      'weights': _weights(entry),
       **evaluate.compare(results[entry['name']], reference, names),
     }
     for entry in config.models
@@ -248,6 +276,7 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
     'temperature': config.temperature,
     'max_new_tokens': config.max_new_tokens,
     'models': rows,
+    'objectives': list(config.get('objectives') or ()),
     'best_of_n': evaluate.best_of_n(reference),
     'samples': samples,
   }

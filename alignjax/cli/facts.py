@@ -21,7 +21,7 @@ from etils import epath
 from alignjax.core import tree
 from alignjax.core.lookup import nearest
 from alignjax.core.types import UserError
-from alignjax.interop import orbax
+from alignjax.interop import mixture, orbax
 from alignjax.interop.open import open as open_model
 from alignjax.merge import memory, methods
 from alignjax.models import decoder
@@ -82,7 +82,13 @@ def model(
 
 def _on_disk(name: str) -> tuple[Facts, Config, dict[str, Facts]]:
   """(facts, config, leaves) of a model directory of any format."""
-  opened = open_model(name)
+  ours = (Path(name) / 'model.json').exists()
+  found = model_dir.read(name) if ours else None
+  weights = None
+  if found is not None and found.view == 'conditioned':
+    copies = mixture.names(found)  # any weights: all have the same leaves
+    weights = [1 / len(copies)] * len(copies)
+  opened = open_model(name, weights=weights)
   facts: Facts = {
     'name': str(opened.path),
     'format': opened.format,
@@ -95,8 +101,7 @@ def _on_disk(name: str) -> tuple[Facts, Config, dict[str, Facts]]:
     facts['extra'] = {
       leaf: _leaf(x.shape, x.dtype) for leaf, x in opened.extra.items()
     }
-  if opened.format == 'alignjax':
-    found = model_dir.read(opened.path)
+  if found is not None:
     facts['roles'] = {
       role: model_dir.digest(found, role) for role in found.roles
     }

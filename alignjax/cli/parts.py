@@ -7,7 +7,7 @@ Nothing below this file reads a config.
 
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,10 @@ def load_params(found: Opened, what: Config) -> Params:
 
 def digest(found: Opened) -> str:
   """One name for the weights of an opened model, in any format."""
+  if found.weights:
+    parts = model_dir.read(found.path)
+    of = {role: model_dir.digest(parts, role) for role in parts.roles}
+    return model_dir.digest_of({**of, 'weights': str(found.weights)})
   if found.format == 'alignjax':
     return model_dir.digest(model_dir.read(found.path))
   sums: dict[str, str] = {}
@@ -182,10 +186,15 @@ def digest(found: Opened) -> str:
 
 
 def opened(
-  path: str, config: Config, what: str, *, head: str = 'tied'
+  path: str,
+  config: Config,
+  what: str,
+  *,
+  head: str = 'tied',
+  weights: Sequence[float] | None = None,
 ) -> Opened:
-  """A model on disk, which must be of `config`."""
-  found = files_of.open(path, head=head)
+  """A model on disk, which must be of `config`; `weights` mix a conditioned."""
+  found = files_of.open(path, head=head, weights=weights)
   # How it is computed is free; what is computed is not.
   expected = to_json(config)
   differ = [

@@ -39,6 +39,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
+    '--weights',
+    metavar='W,...',
+    help='of a conditioned model: what each of its objectives weighs, sum 1',
+  )
+  parser.add_argument(
     '--best-of',
     type=int,
     metavar='K',
@@ -83,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
     raise UserError(f'--best-of={args.best_of} is less than --n={args.n}')
   if args.uncond and args.guidance == 1:
     raise UserError('--uncond needs --guidance, such as 3')
+  args.weights = _weights(args.weights)
   if args.chat:
     if args.prompt or args.best_of or args.n > 1 or args.guidance != 1:
       raise UserError(
@@ -105,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
   from alignjax import api
   from alignjax.cli.chat import note
 
-  model = _loaded(args.path)
+  model = _loaded(args.path, args.weights)
   note('compiling and writing ...')
   texts = api.sample(
     model,
@@ -130,7 +136,16 @@ def main(argv: Sequence[str]) -> int:
   return console.OK
 
 
-def _loaded(path: str) -> Any:
+def _weights(text: str | None) -> tuple[float, ...] | None:
+  try:
+    return None if text is None else tuple(map(float, text.split(',')))
+  except ValueError:
+    raise UserError(
+      f'--weights={text}: expected numbers such as 0.3,0.7'
+    ) from None
+
+
+def _loaded(path: str, weights: tuple[float, ...] | None) -> Any:
   """The model, with a word on what takes the time."""
   import math
 
@@ -141,10 +156,10 @@ def _loaded(path: str) -> Any:
 
   cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   parts.compilation_cache(Path(cache) / 'alignjax')
-  leaves = open_model(path).leaves
+  leaves = open_model(path, weights=weights).leaves
   count = sum(math.prod(leaf.shape) for leaf in leaves.values())
   note(f'reading {count / 1e9:.2g} B parameters ...')
-  model = api.load(path)
+  model = api.load(path, weights=weights)
   note('')
   return model
 
@@ -155,7 +170,7 @@ def _chat(args: argparse.Namespace) -> int:
   from alignjax.data.tokenizer import Tokenizer
   from alignjax.interop.open import open as open_model
 
-  file = open_model(args.path).tokenizer
+  file = open_model(args.path, weights=args.weights).tokenizer
   if file is None:
     raise UserError(
       f'{args.path} has no tokenizer.model, which a conversation needs'
@@ -165,7 +180,7 @@ def _chat(args: argparse.Namespace) -> int:
   if args.system is not None:
     first.insert(0, {'role': 'system', 'content': args.system})
   chat_tokens(Tokenizer.load(file), first, where='--system')
-  model = _loaded(args.path)
+  model = _loaded(args.path, args.weights)
   chat.converse(
     model,
     chat.typed(),

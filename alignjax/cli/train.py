@@ -171,9 +171,9 @@ def _replay(*run, workdir: Path, **options) -> int:
 
 def _export(config, workdir: Path, recipe, state, shape, init) -> None:
   """One model directory for each role that moved; `init` is a digest."""
-  from alignjax.core import tree
   from alignjax.models import decoder
   from alignjax.models.config import to_json
+  from alignjax.policies import conditioned
   from alignjax.system import hosts, model_dir
 
   provenance: dict[str, Any] = {
@@ -186,29 +186,47 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
   for role, params in {**state.params, **state.frozen}.items():
     if role in recipe.follow and recipe.follow[role] is None:
       continue
+    folders = {'policy': decoder.canonical(params)}
+    view, facts = 'plain', {'role': role}
+    if mixed := recipe.mixed.get(role):
+      fixed = state.frozen.get(conditioned.REFERENCE)
+      ends = fixed if len(mixed.names) > len(params['copies']) else None
+      folders = conditioned.roles(params, decoder.canonical, ends)
+      view, facts = 'conditioned', facts | {'condition': list(mixed.names)}
+    named = {leaf for of in folders.values() for leaf in of}
     # Every process takes part in gathering each leaf; one writes them.
-    named = tree.named(decoder.canonical(params))
-    leaves = ((name, hosts.whole(leaf)) for name, leaf in named.items())
+    leaves = {folder: _whole(of) for folder, of in folders.items()}
     if not hosts.first():
-      collections.deque(leaves, maxlen=0)
+      for of in leaves.values():
+        collections.deque(of, maxlen=0)
       continue
+    head = 'untied' if 'unembedding' in named else 'tied'
     model_dir.write(
       workdir / ('model' if role == 'policy' else f'model_{role}'),
       config=to_json(shape),
-      params={'policy': leaves},
-      provenance=provenance | {'role': role},
-      head=_head(named),
+      params=leaves,
+      provenance=provenance | facts,
+      view=view,
+      head=_head(params, head),
       tokenizer=config.tokenizer or None,
       overwrite=True,
     )
 
 
-def _head(leaves) -> str:
-  """What model.json says of the head of these leaves."""
+def _head(params, head: str) -> str:
+  """What model.json says of the head of a role; `head` if it has none."""
   for kind in ('scalar', 'embedding'):
-    if f'{kind}_head' in leaves:
-      return f'{kind}({leaves[f"{kind}_head"].shape[-1]})'
-  return 'tied'
+    if f'{kind}_head' in params:
+      return f'{kind}({params[f"{kind}_head"].shape[-1]})'
+  return head
+
+
+def _whole(params):
+  from alignjax.core import tree
+  from alignjax.system import hosts
+
+  named = tree.named(params)
+  return ((name, hosts.whole(leaf)) for name, leaf in named.items())
 
 
 def _say(workdir: Path, text: str) -> None:

@@ -239,6 +239,18 @@ class Follow(NamedTuple):
   fn: Callable[[Array, Params, Params], Params]
 
 
+class Mixed(NamedTuple):
+  """A role whose parameters are several models, mixed by `condition`.
+
+  Attributes:
+    make: a plain model's Params -> those of the role.
+    names: what each of the K entries of `condition` weighs.
+  """
+
+  make: Callable[[Params], Params]
+  names: tuple[str, ...]
+
+
 class Recipe(NamedTuple):
   """A training method.
 
@@ -249,6 +261,7 @@ class Recipe(NamedTuple):
     stages: between steps; may decode, call the host, look across prompts.
     prepare: inside the jitted microbatch; per row only.
     updates: optimizer updates per staged batch, over seeded minibatches.
+    mixed: roles made of plain models; `init` and config give the plain one.
   """
 
   objective: Objective
@@ -257,6 +270,7 @@ class Recipe(NamedTuple):
   stages: Sequence[Stage] = ()
   prepare: Sequence[Stage] = ()
   updates: int = 1
+  mixed: Mapping[str, Mixed] = {}
 
 
 @_struct

@@ -4,8 +4,9 @@ Three formats: our model directories, Hugging Face directories, DeepMind's
 Orbax trees. Pickles are refused by name, without a look inside.
 """
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from etils import epath
 
 from alignjax.core import tree
 from alignjax.core.types import UserError
-from alignjax.interop import deepmind, hf, orbax
+from alignjax.interop import deepmind, hf, mixture, orbax
 from alignjax.interop.hf_files import PICKLES
 from alignjax.interop.opened import Opened
 from alignjax.models import decoder
@@ -32,6 +33,7 @@ def open(  # noqa: A001
   role: str = 'policy',
   window_self: bool | None = None,
   head: str = 'tied',
+  weights: Sequence[float] | None = None,
 ) -> Opened:
   """What a model directory of any format holds; no weights are read.
 
@@ -41,6 +43,7 @@ def open(  # noqa: A001
     window_self: overrides how the window counts (see Config).
     head: what the model must have on top: 'tied' makes it a language model,
       'embedding' one of recipe embed.
+    weights: of a conditioned model of ours, which is then a plain one.
 
   Raises UserError if there is no model, or one that is not sound.
   """
@@ -50,10 +53,12 @@ def open(  # noqa: A001
   if not path.is_dir():
     raise _not_a_directory(path)
   if (path / 'model.json').exists():
-    return _ours(path, role, window_self, head)
+    return _ours(path, role, window_self, head, weights)
   if head != 'tied':
     raise UserError(f'{path} has no {head} head: only ours have')
   names = sorted(file.name for file in path.iterdir())
+  if weights is not None:
+    raise UserError(f'{path} takes no weights: only conditioned models of ours')
   if role != 'policy':
     raise UserError(f'{path} has no roles, so no {role!r}: only ours have')
   if any(
@@ -101,14 +106,22 @@ def _not_a_directory(path: epath.Path) -> UserError:
 
 
 def _ours(
-  path: epath.Path, role: str, window_self: bool | None, head: str
+  path: epath.Path,
+  role: str,
+  window_self: bool | None,
+  head: str,
+  weights: Sequence[float] | None,
 ) -> Opened:
   found = model_dir.read(path)
+  mixing: tuple[float, ...] = ()
+  if found.view == 'conditioned' or weights is not None:
+    mixing = mixture.checked(found, weights)
   kind = 'a plain language' if head == 'tied' else f'an {head}'
-  for field, value, expected in (
+  plain = (
     ('view', found.view, 'plain'),
     ('head', found.head.partition('(')[0], head),
-  ):
+  )
+  for field, value, expected in () if mixing else plain:
     if value != expected:
       raise UserError(
         f'{path}: {field} is {value!r}, expected {expected!r}: not {kind} model'
@@ -116,11 +129,16 @@ def _ours(
   values = dict(found.config)
   if window_self is not None:
     values['window_self'] = window_self
-  leaves = model_dir.leaves(found, role)
   config = from_json(values)
+  if mixing:
+    leaves, load = mixture.mixed(found, mixing)
+  else:
+    leaves = model_dir.leaves(found, role)
+    load = functools.partial(model_dir.load_leaf, found, role)
+
   if role == 'policy':
-    trunk = {k: v for k, v in leaves.items() if k != f'{head}_head'}
-    _check(path, config, trunk)
+    above = ('unembedding',) if mixing else (f'{head}_head',)
+    _check(path, config, {n: x for n, x in leaves.items() if n not in above})
   # Their names have dots where ours have slashes.
   source = found.provenance.get('source', {})
   joint = '.' if source.get('format') == 'hf' else '/'
@@ -139,13 +157,14 @@ def _ours(
     format='alignjax',
     config=config,
     leaves=leaves,
-    load=lambda name: model_dir.load_leaf(found, role, name),
+    load=load,
     origin={name: (name,) for name in leaves},
     tokenizer=found.tokenizer,
     files=tuple(f for f in found.files if f.name not in CERTIFICATES),
     provenance=found.provenance,
     extra=specs,
     load_extra=load_extra,
+    weights=mixing,
   )
 
 

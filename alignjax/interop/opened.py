@@ -33,6 +33,7 @@ class Opened(NamedTuple):
     extra: foreign name -> shape and dtype of the tensors that are not the
       decoder's, such as a vision tower.
     load_extra: foreign name -> that tensor.
+    weights: what a conditioned model is mixed by, () for others.
   """
 
   path: epath.Path
@@ -46,3 +47,4 @@ class Opened(NamedTuple):
   provenance: dict[str, Any]
   extra: dict[str, jax.ShapeDtypeStruct]
   load_extra: Callable[[str], np.ndarray]
+  weights: tuple[float, ...] = ()

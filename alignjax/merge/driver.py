@@ -120,13 +120,13 @@ def plan(
   rules = _rules(where, how, outputs, len(models))
   directories = [model_dir.read(path) for path in (base, *models)]
   first, *others = directories
+  _check_kinds(directories)
   leaves = model_dir.leaves(first, role)
   memory.check_same(
     str(first.path),
     leaves,
     {str(model.path): model_dir.leaves(model, role) for model in others},
   )
-  _check_kinds(directories)
   _check_tokenizers(directories)
   if not allow_different_bases:
     _check_bases(first, others, role)
@@ -350,6 +350,11 @@ def _check_rules(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> None:
 
 def _check_kinds(directories: Sequence[ModelDir]) -> None:
   base, *others = directories
+  if mixed := [str(d.path) for d in directories if d.view == 'conditioned']:
+    raise UserError(
+      f'merge of a conditioned model: {mixed[0]}; write a plain one first, '
+      'aj.save(aj.load(PATH, weights=...), OUT)'
+    )
   for model in others:
     for field in ('view', 'head'):
       ours, theirs = getattr(base, field), getattr(model, field)

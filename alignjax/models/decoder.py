@@ -252,8 +252,9 @@ def layer(
 def unembed(
   config: Config, params: Params, x: Float[Array, '... D']
 ) -> Float[Array, '... V']:
-  """Float32 logits of features."""
-  logits = linear_turned(x, params['embedding'], dtype=jnp.float32)
+  """Float32 logits of features, by `unembedding` where it is not tied."""
+  table = params.get('unembedding', params['embedding'])
+  logits = linear_turned(x, table, dtype=jnp.float32)
   middle = [None] * (logits.ndim - 2)
   logits = placement.constrain(logits, 'data', *middle, placement.VOCABULARY)
   if config.final_softcap is not None:

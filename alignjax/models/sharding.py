@@ -13,7 +13,7 @@ from alignjax.core import placement, tree
 # The vocabulary is split, not the width: logits are computed where their rows
 # of the table are, and a table of 256k rows is never gathered.
 TABLE = (
-  (r'(.*/)?embedding', (placement.VOCABULARY, None)),
+  (r'(.*/)?(un)?embedding', (placement.VOCABULARY, None)),
   (r'.*/attn/[qkv]', ('fsdp', 'tensor', None)),
   (r'.*/attn/o', ('tensor', None, 'fsdp')),
   (r'.*/ffw/(gate|up)', ('fsdp', 'tensor')),
@@ -50,7 +50,7 @@ def decoding(name: str, x: Any, inputs: int, turned: bool) -> Any:
   The vocabulary stays split. A `turned` leaf has its `inputs` leading
   dimensions behind the others.
   """
-  if name == 'embedding':
+  if name in ('embedding', 'unembedding'):
     return placement.constrain(x, *spec(name, x))
   at = placement.without(spec(name, x), 'fsdp')
   return placement.constrain(x, *(at[inputs:] + at[:inputs] if turned else at))

@@ -39,7 +39,8 @@ class Layouts(NamedTuple):
 
 def decoding(weights: Layouts, rows: int) -> Layouts:
   """What `start` and `step` of `rows` rows use of a view."""
-  head = {'embedding': weights.scanned['embedding']}
+  tables = ('embedding', 'unembedding')
+  head = {k: v for k, v in weights.scanned.items() if k in tables}
   if rows == 1:
     return Layouts(head, {}, weights.single)
   return Layouts(head, weights.turned, {})
