@@ -1,7 +1,9 @@
 """`alignjax evaluate`: models on the same prompts, against a reference.
 
 Writes W/evaluation.json, which the report reads. Each model's responses are
-kept in W/responses as they finish, so that a killed evaluation goes on.
+kept in W/responses as they finish, so that a killed evaluation goes on. A model
+with a `guidance_scale` is sampled, and as the reference scored, under guidance;
+with `embedding.path`, the diversity of a prompt's responses is measured too.
 """
 
 import argparse
