@@ -89,7 +89,7 @@ def test_no_prompt_of_an_evaluation_is_trained_on(name):
 @pytest.mark.parametrize('variant', ['', 'tiny'])
 def test_both_parts_of_the_source_have_prompts(variant):
   c = warp.get_config(variant)
-
+  c.source.prompt_tokens = 100  # bytes, about as much as 32 tokens
   tokens = ByteTokenizer()
   for part, least in (
     ('train', 4 * c.batch_size),
