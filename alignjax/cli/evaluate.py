@@ -84,7 +84,7 @@ def _setting(config) -> _Setting:
       entry['path'],
       shape,
       f'models: {entry["name"]}',
-      entry.get('weights') or None,
+      weights=entry.get('weights') or None,
     )
     directories[entry['name']] = found
   if config.prompts > len(source) or config.prompts % config.batch_size:

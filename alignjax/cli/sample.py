@@ -78,26 +78,10 @@ def main(argv: Sequence[str]) -> int:
   args = _parser().parse_args(argv)
   if args.max_new_tokens is None:
     args.max_new_tokens = 1024 if args.chat else 64
-  if args.temperature < 0 or args.n < 1 or args.max_new_tokens < 1:
-    raise UserError(
-      '--temperature must be at least 0, --n and --max_new_tokens at least 1'
-    )
-  if args.top_k < 0 or not 0 < args.top_p <= 1:
-    raise UserError('--top_k must be at least 0, --top_p above 0 and up to 1')
-  if args.best_of is not None and args.best_of < args.n:
-    raise UserError(f'--best-of={args.best_of} is less than --n={args.n}')
-  if args.uncond and args.guidance == 1:
-    raise UserError('--uncond needs --guidance, such as 3')
+  _check(args)
   args.weights = _weights(args.weights)
   if args.chat:
-    if args.prompt or args.best_of or args.n > 1 or args.guidance != 1:
-      raise UserError(
-        '--chat reads messages from standard input: no --prompt, --n,'
-        ' --best-of or --guidance'
-      )
     return _chat(args)
-  if args.system is not None:
-    raise UserError('--system needs --chat')
   prompts = args.prompt
   if prompts is None:
     prompts = [line.rstrip('\n') for line in sys.stdin]
@@ -134,6 +118,28 @@ def main(argv: Sequence[str]) -> int:
       if len(prompts) > 1 or len(written) > 1:
         print('-' * 72)
   return console.OK
+
+
+def _check(args: argparse.Namespace) -> None:
+  if args.temperature < 0 or args.n < 1 or args.max_new_tokens < 1:
+    raise UserError(
+      '--temperature must be at least 0, --n and --max_new_tokens at least 1'
+    )
+  if args.top_k < 0 or not 0 < args.top_p <= 1:
+    raise UserError('--top_k must be at least 0, --top_p above 0 and up to 1')
+  if args.best_of is not None and args.best_of < args.n:
+    raise UserError(f'--best-of={args.best_of} is less than --n={args.n}')
+  if args.uncond and args.guidance == 1:
+    raise UserError('--uncond needs --guidance, such as 3')
+  if args.chat and (
+    args.prompt or args.best_of or args.n > 1 or args.guidance != 1
+  ):
+    raise UserError(
+      '--chat reads messages from standard input: no --prompt, --n,'
+      ' --best-of or --guidance'
+    )
+  if args.system is not None and not args.chat:
+    raise UserError('--system needs --chat')
 
 
 def _weights(text: str | None) -> tuple[float, ...] | None:

@@ -275,7 +275,8 @@ def _ends(series: Series) -> tuple[float, float]:
 
 
 def _ci(value: Interval, digits: int = 3) -> str:
-  mean, low, high = (f'{v:.{digits}f}' for v in value)
+  # A zero has no sign; + 0.0 takes it from what rounds to zero.
+  mean, low, high = (f'{round(v, digits) + 0.0:.{digits}f}' for v in value)
   return f'{mean} [{low}, {high}]'
 
 

@@ -86,6 +86,19 @@ def test_no_prompt_of_an_evaluation_is_trained_on(name):
   assert len(shares) == 1
 
 
+@pytest.mark.parametrize('variant', ['', 'tiny'])
+def test_both_parts_of_the_source_have_prompts(variant):
+  c = warp.get_config(variant)
+  c.source.prompt_tokens = 100  # bytes, about as much as 32 tokens
+  tokens = ByteTokenizer()
+  for part, least in (
+    ('train', 4 * c.batch_size),
+    ('held_out', c.graph.evaluate.prompts),
+  ):
+    c.source.part = part
+    assert len(lookup.build('data', c.source, tokens, 1, 0)) >= least
+
+
 def test_bond_and_jbond_compare_what_the_paper_compares():
   def recipes(program):
     return [
@@ -151,6 +164,7 @@ def rounds(tmp_path_factory):
   c.start.policy = str(folder / 'sft')
   c.source.path = str(write_text(folder / 'text'))
   c.source.prompt_tokens = 16
+  c.source.held_out = 0.3
   c.recipe.max_new_tokens = 4
   c.optimizer.lr = 0.01
   c.graph.steps, c.graph.rates = (3, 2), (0.5,)

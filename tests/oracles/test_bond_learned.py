@@ -164,17 +164,17 @@ def test_a_decoder_learns_quantiles():
     quantile='learned',
     max_new_tokens=4,
   )
-  tx = optimizer(20, lr=1e-2)
+  tx = optimizer(30, lr=1e-2)
   state = init_state(recipe, tx, 0, start={'quantile': '@policy'})
   step = jax.jit(make_step(recipe, tx))
-  source, losses = tiny.prompt_source(batch_size=32), []
-  for k in range(20):
+  source, losses = tiny.prompt_source(batch_size=16), []
+  for k in range(30):
     batch = jax.tree.map(jnp.asarray, source.batch(k))
     batch = train.stage_batch(recipe, state, batch, 0)
     state, metrics = step(state, batch)
     losses.append(metrics['loss/quantile'].number)
   assert losses[0] == pytest.approx(np.log(2), rel=1e-3)  # a head of zeros
-  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+  assert np.mean(losses[-10:]) < losses[0] - 0.05
 
 
 def test_the_number_of_a_response_has_read_its_last_token():

@@ -99,7 +99,7 @@ def test_an_anchor_that_moves_before_the_policy_is_detected():
   tx = bandit.natural_gradient(1 / KL_COEF)
   state = init_state(broken, tx, 0)
   for k in range(3):
-    before['policy'] = state.params['policy']
+    before['policy'] = state.params['policy']  # a constant of the step below
     batch = train.stage_batch(broken, state, bandit.prompts(1), 0)
     state, _ = make_step(broken, tx)(state, batch)
     late[k] = bandit.probabilities(state.frozen['anchor'])
