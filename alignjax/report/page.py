@@ -21,6 +21,7 @@ from alignjax.report.goodput import goodput_html
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
 from alignjax.report.tables import models_html
+from alignjax.report.tradeoff import tradeoff_html
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -60,6 +61,9 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     mine = _findings(lines[number]) if number else ''
     sections.append(_front(heading, mine, evaluation, f'front {number}'))
     sections.append(_models(heading, evaluation))
+    if chart := tradeoff_html(evaluation, f'tradeoff {number}'):
+      said = f'One objective against the other{heading}'
+      sections.append(_section(said, chart))
   if curves := curves_html(what.runs):
     note = (
       'The strong line is a running mean over a tenth of the steps, the '
