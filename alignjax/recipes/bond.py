@@ -19,12 +19,13 @@ Deviations from the paper: counted quantiles are kept from 0 by
 `quantile_floor` (default 1 / (quantile_count + 1), the least that so many draws
 can resolve). The paper leaves out the reward's second term in practice;
 `discrete_correction` adds it, which makes best-of-n the exact optimum for
-discrete rewards. Sampling at a temperature scores policy and anchor at that
-temperature.
+discrete rewards. Policy and anchor are scored as they are sampled: at a
+temperature, truncated.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ from alignjax.losses.calibration import quantile_nll
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
 from alignjax.losses.value import of_response
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange
 from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
@@ -69,6 +70,8 @@ def bond(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
   """BOND towards best-of-n; equations 9 to 12 and algorithm 1.
@@ -85,8 +88,9 @@ def bond(
     told = _learned(model, quantile, quantile_floor, discrete_correction)
   arrange.check_numbers(quantile_count=(count, 1, math.inf))
   moving = follow.anchor(anchor_period=anchor_period, ema_rate=ema_rate)
-  policy = tempered(model.policy('policy'), temperature)
-  anchor = tempered(model.policy('anchor'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
+  anchor = as_drawn(model.policy('anchor'))
 
   @jax.jit
   def compare(bundle, batch, key):

@@ -11,11 +11,12 @@ the paper's comparison (0.02 against 50), and with neither it is fixed.
 Deviations from the paper: its algorithm box prints the anchor regularisation
 with the sign that would reward leaving the anchor; the stated objective needs
 the other one, which is used here. n is 2 only: the reward for losing is made
-for two draws. Sampling at a temperature scores policy and
-anchor at that temperature.
+for two draws. Policy and anchor are scored as they are sampled: at a
+temperature, truncated.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from alignjax.core import follow
 from alignjax.core.types import Mean, Model, Recipe, Reward
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange
 from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
@@ -45,6 +46,8 @@ def jbond(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
   """J-BOND, algorithm 2. `jeffreys_weight` weighs the backward KL."""
@@ -54,8 +57,9 @@ def jbond(
     anchor_kl_coef=(anchor_kl_coef, 0, math.inf),
   )
   moving = follow.anchor(anchor_period=anchor_period, ema_rate=ema_rate)
-  policy = tempered(model.policy('policy'), temperature)
-  anchor = tempered(model.policy('anchor'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
+  anchor = as_drawn(model.policy('anchor'))
 
   @jax.jit
   def compare(bundle, batch, key):

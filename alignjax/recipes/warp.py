@@ -6,9 +6,11 @@ weakens as training goes on. Stages 2 and 3, SLERP of the runs and
 interpolation towards the initialisation, are merges of the results.
 
 Deviations from the paper: the baseline, which the paper does not give, is the
-mean return of a prompt's other responses; sampling at a temperature scores the
-policy and the anchor at that temperature, so that the optimum is exact.
+mean return of a prompt's other responses; policy and anchor are scored as they
+are sampled, at a temperature and truncated, so that the optimum is exact.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from alignjax.core import follow
 from alignjax.core.types import Mean, Model, Recipe, Reward
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange
 from alignjax.stages.overlap import overlap
 from alignjax.stages.rollout import rollout
@@ -34,13 +36,16 @@ def warp(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 0.9,
+  top_k: int = 0,
+  top_p: float = 1.0,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
   """REINFORCE with KL to an EMA anchor; section 3.1, equations 1 and 2."""
   arrange.check_baseline(baseline)
   moving = follow.anchor(anchor_period=0, ema_rate=ema_rate)
-  policy = tempered(model.policy('policy'), temperature)
-  anchor = tempered(model.policy('anchor'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
+  anchor = as_drawn(model.policy('anchor'))
 
   @jax.jit
   def returns(bundle, batch, key):
