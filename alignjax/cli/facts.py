@@ -88,7 +88,7 @@ def _on_disk(name: str) -> tuple[Facts, Config, dict[str, Facts]]:
   if found is not None and found.view == 'conditioned':
     copies = mixture.names(found)  # any weights: all have the same leaves
     weights = [1 / len(copies)] * len(copies)
-  opened = open_model(name, weights=weights)
+  opened = open_model(name, weights=weights, head=None)
   facts: Facts = {
     'name': str(opened.path),
     'format': opened.format,
@@ -275,7 +275,8 @@ def difference(base: str, model: str, role: str) -> Facts:
 def _of_role(path: str, role: str):
   """The role of one of our directories; other formats have but one model."""
   ours = (Path(path) / 'model.json').exists()
-  return open_model(path, role=role) if ours else open_model(path)
+  role = role if ours else 'policy'
+  return open_model(path, role=role, head=None)
 
 
 def natural(name: str) -> list[Any]:

@@ -4,7 +4,6 @@ Three formats: our model directories, Hugging Face directories, DeepMind's
 Orbax trees. Pickles are refused by name, without a look inside.
 """
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ def open(  # noqa: A001
   *,
   role: str = 'policy',
   window_self: bool | None = None,
-  head: str = 'tied',
+  head: str | None = 'tied',
   weights: Sequence[float] | None = None,
 ) -> Opened:
   """What a model directory of any format holds; no weights are read.
@@ -42,7 +41,7 @@ def open(  # noqa: A001
     role: which params of one of our directories.
     window_self: overrides how the window counts (see Config).
     head: what the model must have on top: 'tied' makes it a language model,
-      'embedding' one of recipe embed.
+      'embedding' one of recipe embed; None takes any.
     weights: of a conditioned model of ours, which is then a plain one.
 
   Raises UserError if there is no model, or one that is not sound.
@@ -54,7 +53,7 @@ def open(  # noqa: A001
     raise _not_a_directory(path)
   if (path / 'model.json').exists():
     return _ours(path, role, window_self, head, weights)
-  if head != 'tied':
+  if head not in (None, 'tied'):
     raise UserError(f'{path} has no {head} head: only ours have')
   names = sorted(file.name for file in path.iterdir())
   if weights is not None:
@@ -109,22 +108,24 @@ def _ours(
   path: epath.Path,
   role: str,
   window_self: bool | None,
-  head: str,
+  head: str | None,
   weights: Sequence[float] | None,
 ) -> Opened:
   found = model_dir.read(path)
   mixing: tuple[float, ...] = ()
   if found.view == 'conditioned' or weights is not None:
     mixing = mixture.checked(found, weights)
-  kind = 'a plain language' if head == 'tied' else f'an {head}'
+  kind = found.head.partition('(')[0]
+  wanted = 'a plain language' if head == 'tied' else f'an {head}'
   plain = (
     ('view', found.view, 'plain'),
-    ('head', found.head.partition('(')[0], head),
+    ('head', kind, head or kind),
   )
   for field, value, expected in () if mixing else plain:
     if value != expected:
       raise UserError(
-        f'{path}: {field} is {value!r}, expected {expected!r}: not {kind} model'
+        f'{path}: {field} is {value!r}, expected {expected!r}: not {wanted}'
+        ' model'
       )
   values = dict(found.config)
   if window_self is not None:
@@ -134,10 +135,12 @@ def _ours(
     leaves, load = mixture.mixed(found, mixing)
   else:
     leaves = model_dir.leaves(found, role)
-    load = functools.partial(model_dir.load_leaf, found, role)
+
+    def load(name: str) -> np.ndarray:
+      return model_dir.load_leaf(found, role, name)
 
   if role == 'policy':
-    above = ('unembedding',) if mixing else (f'{head}_head',)
+    above = ('unembedding',) if mixing else (f'{kind}_head',)
     _check(path, config, {n: x for n, x in leaves.items() if n not in above})
   # Their names have dots where ours have slashes.
   source = found.provenance.get('source', {})

@@ -40,8 +40,10 @@ class Records:
 class Fact(dict):
   """A record in which every field is there, and a number."""
 
-  def get(self, key, default=None):
-    del key, default
+  def __contains__(self, key):
+    return True
+
+  def __getitem__(self, key):
     return '0'
 
 

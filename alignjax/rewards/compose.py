@@ -178,6 +178,10 @@ def transformed(
   return _mapped(context, part, lookup.find('rewards', fn))
 
 
+class _Late(BaseException):
+  """The limit has passed. No `except Exception` of a reward swallows it."""
+
+
 def bounded(
   tokens: Any,
   context: Context,
@@ -193,10 +197,14 @@ def bounded(
   A last score, `failed`, says where. What took too long once may not the next
   time: such a run is not repeated bit for bit.
 
-  The limit interrupts Python code in the main thread, which is where training
-  scores; a call into C that never returns stays.
+  The limit is an alarm signal, which Python handles in the main thread, where
+  training scores: it ends a loop, a sleep, a regular expression. A call into C
+  that looks for no signals ends when it returns, and in another thread there is
+  no limit.
   """
   inner = build(part, context)
+  if part['name'] == 'compose.bounded':  # there is one alarm
+    raise UserError('reward: a reward can be bounded once')
   if not getattr(inner, 'host', False):
     raise UserError('reward: only a reward of the host can be bounded')
   if limit_s <= 0:
@@ -220,7 +228,7 @@ def bounded(
     for row in range(rows):
       try:
         out[row, :, :-1] = one(bundle, batch, key, row)
-      except Exception as error:
+      except (Exception, _Late) as error:
         out[row, :, 0], out[row, :, -1] = score, 1
         _tell(error, tokens, batch, row)
     return out
@@ -230,9 +238,10 @@ def bounded(
   return reward
 
 
-def _tell(error: Exception, tokens: Any, batch: Any, row: int) -> None:
+def _tell(error: BaseException, tokens: Any, batch: Any, row: int) -> None:
   prompt = tokens.decode(np.asarray(batch['prompt'])[row].tolist())
-  why = f'{type(error).__name__}: {error}'.rstrip(': ')
+  kind = '' if isinstance(error, _Late) else f'{type(error).__name__}: '
+  why = f'{kind}{error}'.rstrip(': ')
   print(
     f'reward of prompt {int(np.asarray(batch["id"])[row])} failed ({why}): '
     f'{prompt[:200]!r}',
@@ -242,13 +251,13 @@ def _tell(error: Exception, tokens: Any, batch: Any, row: int) -> None:
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[None]:
-  """TimeoutError inside the block after that long, in the main thread."""
+  """_Late inside the block after that long, in the main thread."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
 
   def late(number, frame):
-    raise TimeoutError(f'no score after {seconds:g} s')
+    raise _Late(f'no score after {seconds:g} s')
 
   before = signal.signal(signal.SIGALRM, late)
   signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -6,14 +6,21 @@ unless said otherwise; none of them raises on any text.
 
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from alignjax.core.types import Reward, UserError
 
-_NUMBER = re.compile(r'[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)')
+# A sign after a digit or a bracket is a minus; a comma parts three digits.
+_NUMBER = re.compile(
+  r'(?:(?<![\d)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)'
+  r'(?:[eE][-+]?\d+)?'
+)
+_EXPRESSION = re.compile(r'([-+*/().\d\s]+)=\s*$')
+_MAX_CHARS = 1000  # of an expression
 
 
 def pattern(tokens: Any, *, regex: str, whole: bool = False) -> Reward:
@@ -49,16 +56,19 @@ def arithmetic(tokens: Any, *, finished: bool = True) -> Reward:
   """1 where the last number of the response is the value of the prompt's sum.
 
   The prompt ends in an expression of numbers, + - * / and brackets, before
-  '='; a prompt without one scores 0. Nothing is evaluated but these. With
-  `finished`, a response that was cut short scores 0.
+  '='; a prompt without one scores 0. Nothing is evaluated but these, exactly.
+  With `finished`, a response that was cut short scores 0.
   """
 
   def right(prompt: str, text: str, done: bool) -> bool:
-    found = _EXPRESSION.search(prompt)
-    expected = found and value(found.group(1))
-    return (
-      expected is not None and said(text) == expected and (done or not finished)
-    )
+    if finished and not done:
+      return False
+    end = prompt[-_MAX_CHARS:]
+    found = _EXPRESSION.search(end)
+    if not found or (not found.start() and len(prompt) > len(end)):
+      return False
+    expected = value(found.group(1))
+    return expected is not None and said(text) == expected
 
   return _of_text(tokens, right)
 
@@ -77,18 +87,20 @@ def answer(
   """
 
   def expected(fact: dict[str, Any]) -> Decimal:
-    text = fact.get(field)
-    if text is None:
+    if field not in fact:
       raise UserError(
         f'reward.field: no {field!r} in record {fact.get("name")}; found '
         f'{sorted(fact)}'
       )
-    found = said(str(text))
+    found = said(str(fact[field]))
     if found is None:
       raise UserError(f'record {fact.get("name")}: no number in {field!r}')
     return found
 
-  expected(source.records([0])[0])  # before any compute
+  # Before any compute; a source need not tell its size.
+  size = len(source) if hasattr(source, '__len__') else 1
+  for fact in source.records(range(size)):
+    expected(fact)
   stop = frozenset(tokens.stop)
 
   def reward(bundle, batch, key) -> Any:
@@ -111,39 +123,35 @@ def answer(
   return reward
 
 
-_EXPRESSION = re.compile(r'([-+*/().\d\s]+)=\s*$')
-
-
 def said(text: str) -> Decimal | None:
-  """The answer of a text: the number after its last '####', or its last one."""
+  """The answer of a text: the number after its last '####', or its last one.
+
+  A number is written as people do: '-1,234.50', '.5', '2e3'.
+  """
   _, marked, after = text.rpartition('####')
   numbers = _NUMBER.findall(after if marked else text)
   if not numbers:
     return None
-  return number(numbers[0] if marked else numbers[-1])
-
-
-def number(text: str) -> Decimal | None:
-  """A number as written by people: '1,234.50' is 1234.5; None if it is none."""
   try:
-    return Decimal(text.replace(',', '').rstrip('.')).normalize()
-  except InvalidOperation:
+    return Decimal(numbers[0 if marked else -1].replace(',', ''))
+  except ArithmeticError:  # an exponent beyond any number
     return None
 
 
-def value(expression: str) -> Decimal | None:
+def value(expression: str) -> Fraction | None:
   """The value of + - * / and brackets over decimals; None if it has none."""
   pieces = re.findall(r'\d+(?:\.\d+)?|[-+*/()]', expression)
-  if ''.join(pieces) != re.sub(r'\s', '', expression) or len(pieces) > 200:
+  whole = ''.join(pieces) == re.sub(r'\s', '', expression)
+  if not whole or len(pieces) > 200 or len(expression) > _MAX_CHARS:
     return None
   try:
     result, rest = _sum(pieces)
-  except (IndexError, InvalidOperation, ZeroDivisionError, ValueError):
+  except (ArithmeticError, IndexError, RecursionError, ValueError):
     return None
-  return None if rest else result.normalize()
+  return None if rest else result
 
 
-def _sum(pieces: list[str]) -> tuple[Decimal, list[str]]:
+def _sum(pieces: list[str]) -> tuple[Fraction, list[str]]:
   total, pieces = _product(pieces)
   while pieces and pieces[0] in '+-':
     sign = 1 if pieces[0] == '+' else -1
@@ -152,7 +160,7 @@ def _sum(pieces: list[str]) -> tuple[Decimal, list[str]]:
   return total, pieces
 
 
-def _product(pieces: list[str]) -> tuple[Decimal, list[str]]:
+def _product(pieces: list[str]) -> tuple[Fraction, list[str]]:
   total, pieces = _factor(pieces)
   while pieces and pieces[0] in '*/':
     operation = pieces[0]
@@ -161,7 +169,7 @@ def _product(pieces: list[str]) -> tuple[Decimal, list[str]]:
   return total, pieces
 
 
-def _factor(pieces: list[str]) -> tuple[Decimal, list[str]]:
+def _factor(pieces: list[str]) -> tuple[Fraction, list[str]]:
   head, rest = pieces[0], pieces[1:]
   if head in '+-':
     inner, rest = _factor(rest)
@@ -171,7 +179,7 @@ def _factor(pieces: list[str]) -> tuple[Decimal, list[str]]:
     if rest[0] != ')':
       raise ValueError('an open bracket')
     return inner, rest[1:]
-  return Decimal(head), rest
+  return Fraction(head), rest
 
 
 def _of_text(tokens: Any, score: Callable[[str, str, bool], float]) -> Reward:

@@ -22,6 +22,8 @@ from ml_collections import ConfigDict
 from alignjax.core.lookup import defaults
 from configs import base
 
+VARIANTS = ('', 'tiny')
+
 
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'

@@ -20,6 +20,8 @@ from configs.base import online, single
 
 EXTRA = 'policy embed diversity_coefs lerp seeds prompts'.split()
 
+VARIANTS = ('', 'tiny')
+
 
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'

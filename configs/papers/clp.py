@@ -21,6 +21,8 @@ from configs.base import online
 OBJECTIVES = ('score', 'brevity')
 OWN = ('policy', 'copied', 'seeds', 'shares', 'prompts')  # not of a run
 
+VARIANTS = ('', 'tiny')
+
 
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'

@@ -24,6 +24,8 @@ TRANSFORMS = {
   'negative_exp': ('exp', -10.0),
 }
 
+VARIANTS = ('', 'tiny')
+
 
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'

@@ -26,6 +26,8 @@ from alignjax.cloud.jobs import Job
 from alignjax.core.lookup import defaults
 from configs import base
 
+VARIANTS = ('', 'tiny')
+
 
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'

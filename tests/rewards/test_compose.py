@@ -49,9 +49,11 @@ def slow(tokens):
 
   def reward(bundle, batch, key):
     (row,) = batch['id']
-    if row == 1:
-      while True:
+    while row == 1:
+      try:
         time.sleep(0.01)
+      except Exception:  # stubborn
+        pass
     if row == 2:
       raise ZeroDivisionError('by nothing')
     shape = (1, 2, 2 if row == 4 else 1)
