@@ -131,14 +131,7 @@ def _ours(
   if window_self is not None:
     values['window_self'] = window_self
   config = from_json(values)
-  if mixing:
-    leaves, load = mixture.mixed(found, mixing)
-  else:
-    leaves = model_dir.leaves(found, role)
-
-    def load(name: str) -> np.ndarray:
-      return model_dir.load_leaf(found, role, name)
-
+  leaves, load = _weights_of(found, role, mixing)
   if role == 'policy':
     above = ('unembedding',) if mixing else (f'{kind}_head',)
     _check(path, config, {n: x for n, x in leaves.items() if n not in above})
@@ -168,6 +161,16 @@ def _ours(
     extra=specs,
     load_extra=load_extra,
     weights=mixing,
+  )
+
+
+def _weights_of(found: model_dir.ModelDir, role: str, mixing: Sequence[float]):
+  """(leaves, load) of a role, or of the mixture of a conditioned model."""
+  if mixing:
+    return mixture.mixed(found, mixing)
+  return (
+    model_dir.leaves(found, role),
+    lambda name: model_dir.load_leaf(found, role, name),
   )
 
 
