@@ -36,7 +36,15 @@ def get_config(variant: str = '') -> ConfigDict:
     max_new_tokens=16 if tiny else 40,
   )
   c = online(recipe, steps=3 if tiny else 200, lr=1e-3)
-  c.reward = defaults('rewards', 'brevity.python_brevity')
+  # Brevity: the share of the room for tokens that a response leaves.
+  brevity = {'name': 'text.length', 'target': 0}
+  brevity['tolerance'] = recipe.max_new_tokens
+  c.reward = defaults(
+    'rewards',
+    'compose.stack',
+    parts={'score': {'name': 'verify.python_code'}, 'brevity': brevity},
+    weights={},
+  )
   c.policy = ''
   c.batch_size = 8 if tiny else 32
   c.source.max_bytes = 300_000 if tiny else 2_000_000
@@ -122,7 +130,8 @@ def _seed(c: ConfigDict, numbers: dict, seed: int):
   alone = {'name': 'reinforce', 'kl_coef': low / (1 - low)} | drawn
   experts = [f'expert_{name}_{seed}' for name in OBJECTIVES]
   for name, run in zip(OBJECTIVES, experts):
-    reward = c.reward.to_dict() | {'first': name}
+    reward = c.reward.to_dict()
+    reward['weights'] = {other: float(other == name) for other in OBJECTIVES}
     yield Job(run, 'train', numbers | {'recipe': alone, 'reward': reward}), []
   for w in points:
     run = f'soup_{seed}_{round(100 * w[0]):03d}'

@@ -11,7 +11,6 @@ from alignjax import train
 from alignjax.core.types import UserError
 from alignjax.data import weighted
 from alignjax.recipes.clp import told
-from alignjax.rewards.brevity import python_brevity
 from alignjax.step import init_state, make_step
 from alignjax.system.optimizer import optimizer
 from tests import tiny
@@ -70,16 +69,3 @@ def test_told_needs_weights():
   state = init_state(made, optimizer(1), 0, start={'reference': '@policy'})
   with pytest.raises(UserError, match='rows without a weight for each'):
     train.stage_batch(made, state, tiny.batch(4), 0)
-
-
-def test_brevity():
-  reward = python_brevity(tiny.TOKENS, first='brevity')
-  assert reward.names[:2] == ('brevity', 'score')
-  batch = {
-    'prompt': np.array([[tiny.TOKENS.bos]]),
-    'response': np.full((1, 2, 4), tiny.TOKENS.eos),
-    'mask': np.array([[[True] * 4, [True] + [False] * 3]]),
-  }
-  np.testing.assert_allclose(reward({}, batch, None)[0, :, 0], [0, 0.75])
-  with pytest.raises(UserError, match="reward.first: found 'nice'"):
-    python_brevity(tiny.TOKENS, first='nice')
