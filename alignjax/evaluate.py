@@ -117,7 +117,7 @@ def writer(
 
 def unsaid(batch: Batch) -> Batch:
   """The batch with the prompts that rewards and references are about."""
-  return batch | {'prompt': batch.get('uncond', batch['prompt'])}
+  return batch | {'prompt': batch.get('plain_prompt', batch['prompt'])}
 
 
 def responses(

@@ -11,6 +11,7 @@ objectives or condition weights, T positions. `seq_*` means summed over tokens.
   id          int32 [B]        row of the source; `Source.records` has the rest
   prompt      int32 [B, P]     left-padded to one width
   uncond      int32 [B, P]     prompt of the unconditional branch (guidance)
+  plain_prompt int32 [B, P']  `prompt` without what only the policy is told
   response    int32 [B, N, R]  sampled tokens; the stop token belongs to it
   mask        bool  [B, N, R]  True on response tokens, stop token included
   sample_logp f32   [B, N, R]  log-probability under the sampling distribution
@@ -48,9 +49,9 @@ Features = Any
 Cache = Any
 
 BATCH_FIELDS = frozenset(
-  'id prompt uncond response mask sample_logp ref_logp value advantage rewards'
-  ' reward ref_reward weight condition tokens loss_mask segment position'
-  ' teacher_ids teacher_probs returns'.split()
+  'id prompt uncond plain_prompt response mask sample_logp ref_logp value'
+  ' advantage returns rewards reward ref_reward weight condition tokens'
+  ' loss_mask segment position teacher_ids teacher_probs'.split()
 )
 
 

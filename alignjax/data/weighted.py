@@ -2,7 +2,7 @@
 
 The baseline of conditioning by parameters: weights as text before the prompt,
 always with the same decimals. A row has `condition`, what was written, and
-`uncond`, the prompt without it, for rewards and for the reference.
+`plain_prompt`, the prompt without it, for rewards and for the reference.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def text(weights) -> str:
 
 
 def said(tokenizer, prompt: np.ndarray, weights) -> dict[str, np.ndarray]:
-  """Fields prompt [B, P'], uncond [B, P] and condition [B, K].
+  """Fields prompt [B, P'], plain_prompt [B, P] and condition [B, K].
 
   `weights` [B, K] are written after BOS, before the text. P' - P is one token
   per character of what is written, whatever the tokenizer makes of it.
@@ -81,4 +81,4 @@ def said(tokenizer, prompt: np.ndarray, weights) -> dict[str, np.ndarray]:
     own = ids[ids != tokenizer.pad]
     full = [own[0], *words, *own[1:]]
     row[-len(full) :] = full
-  return {'prompt': wide, 'uncond': prompt, 'condition': weights}
+  return {'prompt': wide, 'plain_prompt': prompt, 'condition': weights}

@@ -166,7 +166,7 @@ def told(
           f'{list(objectives)}, expected the source weighted with count = '
           f'{len(columns)}'
         )
-      plain = batch | {'prompt': batch['uncond']}
+      plain = batch | {'prompt': batch['plain_prompt']}
       return stage(bundle, plain, key) | {'prompt': batch['prompt']}
 
     return on

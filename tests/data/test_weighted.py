@@ -29,7 +29,7 @@ def test_prompts_say_their_weights():
   for name, x in batch.items():
     np.testing.assert_array_equal(x, again[name])
   plain = tiny.prompt_source(4).batch(3)
-  np.testing.assert_array_equal(batch['uncond'], plain['prompt'])
+  np.testing.assert_array_equal(batch['plain_prompt'], plain['prompt'])
   np.testing.assert_allclose(batch['condition'].sum(1), 1, atol=1e-6)
   assert len({tuple(w) for w in batch['condition']}) > 1
   for row, ids, w in zip(batch['prompt'], plain['prompt'], batch['condition']):

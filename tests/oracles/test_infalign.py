@@ -39,12 +39,17 @@ def win_rate(p, q):
 def procedures(p, q):
   """W, best-of-4 and worst-of-4 win rates of p over q."""
 
+  ranks = np.arange(len(p))
+
+  def best(p):
+    return bandit.best_of(p, 4, ranks)
+
   def worst(p):
-    return bandit.best_of(p[::-1], 4)[::-1]
+    return bandit.best_of(p, 4, -ranks)
 
   return (
     win_rate(p, q),
-    win_rate(bandit.best_of(p, 4), bandit.best_of(q, 4)),
+    win_rate(best(p), best(q)),
     win_rate(worst(p), worst(q)),
   )
 
