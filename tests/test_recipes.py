@@ -176,11 +176,17 @@ class Interrupting:
       os.kill(os.getpid(), signal.SIGTERM)
 
 
-def prompts_of_a_table():
+def rows_of_a_table(name):
+  prompt = np.arange(16, dtype=np.int32)[:, None]
   fields = {
-    'prompt': np.arange(16, dtype=np.int32)[:, None],
+    'prompt': prompt,
+    'uncond': prompt[::-1],
     'ref_reward': np.linspace(0, 1, 8, dtype='f4') * np.ones((16, 1), 'f4'),
   }
+  if name == 'embed':  # two segments of each of two documents
+    draw = np.random.default_rng(1).integers
+    texts = draw(0, 8, (16, 4, 3), dtype=np.int32)
+    fields = {'response': texts, 'mask': np.ones(texts.shape, bool)}
   return Rows(fields, [{}] * 16, 4, 0)
 
 
@@ -194,7 +200,7 @@ def test_an_interrupted_run_continues_bit_for_bit(name, tmp_path):
   begin = jax.tree.map(np.asarray, init_state(recipe, tx, 0))
 
   def go(where, last=0):
-    source = Interrupting(prompts_of_a_table(), last)
+    source = Interrupting(rows_of_a_table(name), last)
     state = jax.tree.map(jnp.asarray, begin)
     schedule = train.Schedule(steps=3, seed=5, save_every=9)
     return train.train(recipe, tx, source, state, schedule, workdir=where)
