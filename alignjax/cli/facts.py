@@ -23,7 +23,7 @@ from alignjax.core.lookup import nearest
 from alignjax.core.types import UserError
 from alignjax.interop import mixture, orbax
 from alignjax.interop.open import open as open_model
-from alignjax.merge import memory, methods
+from alignjax.merge import memory, method
 from alignjax.models import decoder
 from alignjax.models.config import Config, to_json
 from alignjax.models.preset import SHAPES, preset
@@ -256,8 +256,8 @@ def difference(base: str, model: str, role: str) -> Facts:
       continue
     a = first.load(name).astype(np.float32)
     b = other.load(name).astype(np.float32)
-    moved, weights = sums.get(methods.group_of(name, 'layer'), (0.0, 0.0))
-    sums[methods.group_of(name, 'layer')] = (
+    moved, weights = sums.get(method.group_of(name, 'layer'), (0.0, 0.0))
+    sums[method.group_of(name, 'layer')] = (
       moved + float(np.sum(np.square(b - a), dtype=np.float64)),
       weights + float(np.sum(np.square(a), dtype=np.float64)),
     )

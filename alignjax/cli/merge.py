@@ -1,44 +1,50 @@
 """`alignjax merge METHOD ...` or `merge --config=F`: one model out of several.
 
-Reads flags or a config and hands over to `alignjax.merge.driver`.
+Reads flags or a config and hands over to `alignjax.merge.driver`. Methods and
+their numbers are read from the sources: help needs no import of them.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import ast
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignjax.cli import console
 
+_METHODS = Path(__file__).parent.parent / 'merge' / 'methods'
 _EPILOG = """\
-methods
-  linear  weighted mean of the models (--weights; uniform by default)
-  lerp    linear; for two models --t, the share of the second
-  slerp   on the arc of the task vectors model - base, layer by layer; --t for
-          two models, uniform and recursive for more
-  liti    from the base towards one model; --liti_rate is the model's share
+methods and their numbers
+{methods}
 
-several values of --t or --liti_rate give several results in one pass over the
-inputs: OUT/t_0.50, OUT/liti_0.30.
+several values of a number give several results in one pass over the inputs:
+OUT/t_0.50, OUT/liti_0.30.
+
+rules (--where) give other numbers to the leaves whose whole name matches; the
+first that matches wins; a list of values is spread over the depth.
 
 examples
   alignjax merge slerp --base sft --models run1 run2 --out merged --t 0.5
   alignjax merge liti --base sft --models merged --out front --liti_rate 0 .5 1
   alignjax merge slerp --base sft --models a b --out m --where '.*/attn/q:t=.2'
+  alignjax merge slerp --base sft --models a b --out m --where '.*:t=[0,.5,1]'
 """
-_FIELDS = {
+_FIELDS: dict[str, Any] = {
   'method': None,
   'base': None,
   'models': None,
   'out': None,
-  't': None,
-  'weights': None,
-  'liti_rate': None,
   'role': 'policy',
   'group': 'layer',
   'where': (),
+  'format': None,
+  'dtype': 'keep',
+  'pad': False,
   'overwrite': False,
   'allow_different_bases': False,
+  'extrapolate': False,
   'dry_run': False,
 }
 
@@ -46,8 +52,8 @@ _FIELDS = {
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='alignjax merge',
-    description='Merge the weights of model directories.',
-    epilog=_EPILOG,
+    description='Merge the weights of models, of any format and size.',
+    epilog=_EPILOG.format(methods='\n'.join(_listed())),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     argument_default=argparse.SUPPRESS,
     allow_abbrev=False,
@@ -59,15 +65,11 @@ def _parser() -> argparse.ArgumentParser:
   add('--base', metavar='P', help='init of the task vectors')
   add('--models', nargs='+', metavar='A', help='what is merged')
   add('--out', metavar='O', help='where the result goes')
-  add('--t', nargs='+', type=float, help='from 0 (first) to 1 (second model)')
-  add('--liti_rate', nargs='+', type=float, help='from 0 (base) to 1 (model)')
-  add('--weights', nargs='+', type=float, metavar='W', help='one per model')
   add(
     '--where',
     action='append',
     metavar='REGEX:NAME=VALUE[,...]',
-    help='other numbers for the leaves whose whole name matches; the first'
-    ' rule that matches wins',
+    help='other numbers for some leaves',
   )
   add(
     '--group',
@@ -75,18 +77,81 @@ def _parser() -> argparse.ArgumentParser:
     help='leaves that share an angle; layer by default',
   )
   add('--role', metavar='R', help='which params to merge; policy by default')
-  add('--overwrite', action='store_true', help='replace existing results')
-  add(
-    '--allow-different-bases',
-    action='store_true',
-    help='merge models that were trained from another init than the base',
-  )
-  add('--dry-run', action='store_true', help='check everything, write nothing')
+  add('--format', metavar='alignjax|hf|deepmind', help="the base's by default")
+  add('--dtype', metavar='bfloat16|float32', help="the base's by default")
+  for flag, text in (
+    ('--pad', 'tables may differ in rows: the result has those of the base'),
+    ('--overwrite', 'replace existing results'),
+    (
+      '--allow-different-bases',
+      'merge models that were trained from another init than the base',
+    ),
+    ('--extrapolate', 'numbers that interpolate may lie beyond their ends'),
+    ('--dry-run', 'check everything, say what would be done, write nothing'),
+  ):
+    add(flag, action='store_true', help=text)
+  numbers = sorted({name for _, _, names in _methods() for name in names})
+  for name in numbers:
+    add(f'--{name}', nargs='+', type=_number, help=argparse.SUPPRESS)
   return parser
 
 
-def _settings(argv: Sequence[str]) -> dict[str, Any]:
-  """Fields of the config, then those of the flags; all of _FIELDS."""
+def _number(text: str) -> float:
+  """A whole number stays one."""
+  try:
+    return int(text)
+  except ValueError:
+    return float(text)
+
+
+@functools.cache
+def _methods() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+  """(name, what it does, its numbers) of every method, from the sources."""
+  return tuple(
+    (
+      path.stem if node.name == path.stem else f'{path.stem}.{node.name}',
+      ast.literal_eval(call.args[0]),
+      tuple(
+        argument.arg
+        for argument in node.args.kwonlyargs
+        if argument.arg not in ('stats', 'uniform', *_prepared(node))
+      ),
+    )
+    for path in sorted(_METHODS.glob('[!_]*.py'))
+    for node in ast.parse(path.read_text('utf-8')).body
+    if isinstance(node, ast.FunctionDef)
+    for call in _declarations(node)
+  )
+
+
+def _declarations(node: ast.FunctionDef) -> Iterator[ast.Call]:
+  for call in node.decorator_list:
+    if isinstance(call, ast.Call) and ast.unparse(call.func) == 'merging':
+      yield call
+
+
+def _prepared(node: ast.FunctionDef) -> list[str]:
+  """Numbers without a default: what `prepare` makes, not what users give."""
+  return [
+    argument.arg
+    for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults)
+    if default is None
+  ]
+
+
+def _listed() -> Iterator[str]:
+  import textwrap
+
+  for name, about, numbers in _methods():
+    said = ' '.join(f'--{number}' for number in numbers)
+    yield f'  {name:18} {said}'.rstrip()
+    yield from textwrap.wrap(
+      about, 74, initial_indent=' ' * 6, subsequent_indent=' ' * 6
+    )
+
+
+def _settings(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(all of _FIELDS, numbers): those of the config, then of the flags."""
   from alignjax.cli import config
   from alignjax.core import lookup
   from alignjax.core.types import UserError
@@ -97,27 +162,33 @@ def _settings(argv: Sequence[str]) -> dict[str, Any]:
   if any(w == '--config' or w.startswith('--config.') for w in flag_words):
     loaded, _, rest = config.load(argv)
     given = config.plain(loaded)
+    known = {*_FIELDS, *(name for _, _, of in _methods() for name in of)}
     for field in given:
-      if field not in _FIELDS:
+      if field not in known:
         raise UserError(
           f'a merge config has no field {field!r}'
-          f'{lookup.nearest(field, _FIELDS)} (fields: {", ".join(_FIELDS)})'
+          f'{lookup.nearest(field, known)} (fields: {", ".join(sorted(known))})'
         )
   flags = vars(_parser().parse_args(rest))
-  for name in ('t', 'liti_rate'):
-    if len(flags.get(name, ())) == 1:
-      flags[name] = flags[name][0]  # one result, at OUT itself
   workdir = flags.pop('workdir', None)
-  settings = {**_FIELDS, **given, **flags}
+  for name, value in flags.items():
+    if name not in _FIELDS and name != 'weights' and len(value) == 1:
+      flags[name] = value[0]  # one result, at OUT itself
+  everything = {**_FIELDS, **given, **flags}
+  settings = {name: everything.pop(name) for name in _FIELDS}
   if workdir is not None:
-    _inside(settings, Path(workdir))
-  return settings
+    _inside(settings, everything, Path(workdir))
+  return settings, everything
 
 
-def _inside(settings: dict[str, Any], workdir: Path) -> None:
+def _inside(
+  settings: dict[str, Any], numbers: Mapping[str, Any], workdir: Path
+) -> None:
   """A job's merge: its results are in its folder, and made anew if asked."""
-  swept = isinstance(settings['t'], list | tuple) or isinstance(
-    settings['liti_rate'], list | tuple
+  swept = any(
+    isinstance(value, list | tuple)
+    for name, value in numbers.items()
+    if name != 'weights'
   )
   settings['out'] = workdir / (settings['out'] or ('' if swept else 'model'))
   # The same command continues: a killed job may have left some results.
@@ -127,7 +198,7 @@ def _inside(settings: dict[str, Any], workdir: Path) -> None:
 def _check(settings: Mapping[str, Any]) -> None:
   from alignjax.core.types import UserError
 
-  for field in ('method', 'base', 'models', 'out'):
+  for field in ('method', 'models', 'out'):
     if not settings[field]:
       flag = 'METHOD' if field == 'method' else f'--{field}'
       raise UserError(f'{flag} is missing; `alignjax merge --help` says more')
@@ -135,31 +206,34 @@ def _check(settings: Mapping[str, Any]) -> None:
     value = settings[field]
     if isinstance(value, str) or not all(isinstance(x, str) for x in value):
       raise UserError(f'{field} must be a list of strings, found {value!r}')
-  for field in ('method', 'base', 'role', 'group'):
+  for field in ('method', 'role', 'group', 'dtype'):
     if not isinstance(settings[field], str):
+      raise UserError(f'{field} must be a string, found {settings[field]!r}')
+  for field in ('base', 'format'):
+    if not isinstance(settings[field], str | None):
       raise UserError(f'{field} must be a string, found {settings[field]!r}')
 
 
 def main(argv: Sequence[str]) -> int:
   """Merges; prints the plan, then the results. Raises UserError."""
-  settings = _settings(argv)
+  settings, numbers = _settings(argv)
   _check(settings)
 
   from alignjax.merge import driver
   from alignjax.system import metrics
 
   dry_run = settings.pop('dry_run')
-  method = settings.pop('method')
-  what = driver.plan(method, **settings)
-  print(
-    f'{method}: {len(what.models)} model(s), {len(what.leaves)} leaves,'
-    f' {len(what.outputs)} result(s), {what.passes} pass(es);'
-    f' peak memory of the arrays about {what.peak_bytes / 2**20:.0f} MiB'
-  )
+  name = settings.pop('method')
+  what = driver.plan(name, **settings, **numbers)
+  print(_said(name, what))
+  for output in what.outputs:
+    for note in output.notes:
+      print(f'note: {note}')
   if dry_run:
-    for path in what.outputs:
-      print(f'would write {Path(path).absolute()}')
+    for output in what.outputs:
+      print(f'would write {output.path}')
     return console.OK
+  begun = time.monotonic()
   with metrics.progress('merge', what.passes * len(what.leaves)) as advance:
     done = 0
 
@@ -170,8 +244,23 @@ def main(argv: Sequence[str]) -> int:
 
     results = driver.run(what, step)
   for result in results:
-    print(f'wrote {result.path}')
+    print(f'wrote {result}')
+  seconds = time.monotonic() - begun
+  written = sum(output.bytes for output in what.outputs)
+  moved = (what.read_bytes + written) / 1e9
+  print(f'{moved:.2f} GB in {seconds:.1f} s')
   return console.OK
+
+
+def _said(name: str, what: Any) -> str:
+  written = sum(output.bytes for output in what.outputs)
+  return (
+    f'{name}: {len(what.models)} model(s), {len(what.leaves)} leaves,'
+    f' {len(what.outputs)} result(s); reads {what.read_bytes / 1e9:.2f} GB in'
+    f' {what.passes} pass(es), writes {written / 1e9:.2f} GB'
+    f' ({what.outputs[0].to});'
+    f' peak memory of the arrays about {what.peak_bytes / 2**20:.0f} MiB'
+  )
 
 
 if __name__ == '__main__':

@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     notes: what is not the same on both sides, one sentence each.
     provenance: JSON; what a format keeps of where the weights come from.
     overwrite: replace what is there.
+    role: of the leaves, where the format has roles.
   """
 
   source: Opened
@@ -59,6 +60,7 @@ class Plan(NamedTuple):
   notes: tuple[str, ...]
   provenance: dict[str, Any]
   overwrite: bool
+  role: str = 'policy'
 
   @property
   def steps(self) -> int:
@@ -105,6 +107,7 @@ def plan(
   dtype: str = 'keep',
   provenance: Mapping[str, Any] = {},  # noqa: B006
   overwrite: bool = False,
+  role: str = 'policy',
 ) -> Plan:
   """Checks a conversion. Raises UserError if it cannot be done.
 
@@ -147,12 +150,13 @@ def plan(
     *(source, path, to, config, leaves, extra, tuple(notes)),
     provenance=provenance,
     overwrite=overwrite,
+    role=role,
   )
 
 
 def run(what: Plan, step: Step = lambda text: None) -> None:
   """Writes the destination: all of it or nothing. Raises UserError."""
-  with _writer(what) as put:
+  with writer(what) as put:
     for name, spec in what.leaves.items():
       put(name, cast(what.source.load(name), spec))
       step(f'wrote {name}')
@@ -225,7 +229,7 @@ def _dtype(stored: Any, dtype: str) -> np.dtype:
 
 
 @contextlib.contextmanager
-def _writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
+def writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
   """put(name, array) of the destination's format."""
   common: dict[str, Any] = dict(
     files=what.source.files, overwrite=what.overwrite
@@ -233,7 +237,11 @@ def _writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
   provenance = what.provenance
   if what.to == 'alignjax':
     with model_dir.writer(
-      what.path, config=to_json(what.config), provenance=provenance, **common
+      what.path,
+      config=to_json(what.config),
+      provenance=provenance,
+      head=what.source.head,
+      **common,
     ) as put:
       yield lambda name, array: _put_ours(what, put, name, array)
   elif what.to == 'deepmind':
@@ -254,6 +262,7 @@ def _writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
       what.config,
       {**what.leaves, **what.extra},
       source=source,
+      record={k: v for k, v in provenance.items() if k != 'source'},
       **common,
     ) as put:
       yield put
@@ -261,7 +270,7 @@ def _writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
 
 def _put_ours(what: Plan, put, name: str, array: np.ndarray) -> None:
   if name in what.leaves:
-    put('policy', name, array)
+    put(what.role, name, array)
   else:
     # A '.' joins the parts of a name in Hugging Face's files.
     put(EXTRA, name.replace('.', '/'), array)

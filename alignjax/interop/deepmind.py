@@ -117,6 +117,7 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
       for name, piece in pieces.items()
     },
     load=load,
+    view=lambda name, allocate=None: load(name),
     origin={
       name: (tensors[_key(piece)].name(piece.index),)
       for name, piece in pieces.items()

@@ -36,6 +36,7 @@ from alignjax.models.config import Config
 
 CONFIG = 'config.json'
 TOKENIZER = 'tokenizer.model'
+RECORD = 'alignjax.json'  # where the weights come from, if we know
 # What travels with the weights, whatever it says.
 FILES = (
   TOKENIZER,
@@ -102,10 +103,12 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
       for name, leaf in leaves.items()
     },
     load=functools.partial(_load, leaves),
+    view=functools.partial(_view, leaves),
     origin={name: (leaf.tensor.name,) for name, leaf in leaves.items()},
     tokenizer=tokenizer if tokenizer.exists() else None,
     files=tuple(path / name for name in FILES if (path / name).exists()),
-    provenance={
+    provenance=_record(path)
+    | {
       'source': {
         'format': 'hf',
         'path': str(path),
@@ -137,6 +140,7 @@ def writer(
   *,
   source: Mapping[str, Any] | None = None,
   files: Sequence[epath.PathLike] = (),
+  record: Mapping[str, Any] = {},  # noqa: B006
   overwrite: bool = False,
   shard_bytes: int = safetensors.SHARD_BYTES,
 ) -> Iterator[Callable[[str, Any], None]]:
@@ -152,6 +156,7 @@ def writer(
     source: provenance['source'] of what `read` returned: config.json, names
       and an lm_head are then as they were. None writes them anew.
     files: tokenizer and other files to copy under their own names.
+    record: JSON that `read` gives back as provenance, in a file of its own.
     overwrite: replace an existing directory.
     shard_bytes: a file is closed before it would grow beyond this.
 
@@ -183,6 +188,8 @@ def writer(
       yield put
     text = json.dumps(facts, indent=2, ensure_ascii=False) + '\n'
     (partial / CONFIG).write_text(text)
+    if record:
+      (partial / RECORD).write_text(json.dumps(dict(record), indent=2) + '\n')
     for file in map(epath.Path, files):
       if file.name in FILES:
         file.copy(partial / file.name)
@@ -191,6 +198,11 @@ def writer(
 def _absolute(path: epath.PathLike) -> epath.Path:
   text = os.fspath(path)
   return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
+def _record(path: epath.Path) -> dict[str, Any]:
+  file = path / RECORD
+  return hf_files.json_of(file) if file.exists() else {}
 
 
 def _prefix(found: Mapping[str, Tensor]) -> str:
@@ -258,6 +270,14 @@ def _matched(
 def _load(leaves: Mapping[str, Leaf], name: str) -> np.ndarray:
   tensor, form, shape = leaves[name]
   return np.ascontiguousarray(form.load(safetensors.read(tensor), shape))
+
+
+def _view(
+  leaves: Mapping[str, Leaf], name: str, allocate: Any = None
+) -> np.ndarray:
+  del allocate  # nothing is held
+  tensor, form, shape = leaves[name]
+  return form.load(safetensors.view(tensor), shape)
 
 
 def _load_extra(extra: Mapping[str, Tensor], name: str) -> np.ndarray:

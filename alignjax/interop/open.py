@@ -4,6 +4,7 @@ Three formats: our model directories, Hugging Face directories, DeepMind's
 Orbax trees. Pickles are refused by name, without a look inside.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -154,6 +155,7 @@ def _ours(
     config=config,
     leaves=leaves,
     load=load,
+    view=functools.partial(_viewed, found, role, load, bool(mixing)),
     origin={name: (name,) for name in leaves},
     tokenizer=found.tokenizer,
     files=tuple(f for f in found.files if f.name not in CERTIFICATES),
@@ -161,7 +163,14 @@ def _ours(
     extra=specs,
     load_extra=load_extra,
     weights=mixing,
+    head='tied' if mixing else found.head,
   )
+
+
+def _viewed(found, role, load, is_mixed, name, allocate=np.empty):
+  if is_mixed:
+    return load(name)
+  return model_dir.load_leaf(found, role, name, allocate)
 
 
 def _weights_of(found: model_dir.ModelDir, role: str, mixing: Sequence[float]):

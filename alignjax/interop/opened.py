@@ -24,6 +24,9 @@ class Opened(NamedTuple):
     leaves: canonical leaf name -> shape and stored dtype, sorted by name.
     load: canonical leaf name -> the leaf in its stored dtype, C-contiguous;
       reads that leaf and nothing else.
+    view: (canonical leaf name, allocate=np.empty) -> the same to look at: a
+      window on the file, not contiguous in general, or what `allocate` gave
+      for (shape, dtype), filled, or where the format does neither as `load`.
     origin: canonical leaf name -> names of the tensors that it is made of.
     tokenizer: tokenizer.model, or None.
     files: every tokenizer, chat and generation file that travels along, the
@@ -34,6 +37,7 @@ class Opened(NamedTuple):
       decoder's, such as a vision tower.
     load_extra: foreign name -> that tensor.
     weights: what a conditioned model is mixed by, () for others.
+    head: what is on top, as ModelDir has it.
   """
 
   path: epath.Path
@@ -41,6 +45,7 @@ class Opened(NamedTuple):
   config: Config
   leaves: dict[str, jax.ShapeDtypeStruct]
   load: Callable[[str], np.ndarray]
+  view: Callable[..., np.ndarray]
   origin: Mapping[str, tuple[str, ...]]
   tokenizer: epath.Path | None
   files: tuple[epath.Path, ...]
@@ -48,3 +53,4 @@ class Opened(NamedTuple):
   extra: dict[str, jax.ShapeDtypeStruct]
   load_extra: Callable[[str], np.ndarray]
   weights: tuple[float, ...] = ()
+  head: str = 'tied'

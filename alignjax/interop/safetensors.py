@@ -105,6 +105,17 @@ def read(tensor: Tensor) -> np.ndarray:
   return _read(tensor, tensor.start, tensor.shape)
 
 
+def view(tensor: Tensor) -> np.ndarray:
+  """A whole tensor as a window on its file, which is read where it is used.
+
+  Not to be written to. Files that are not local are read.
+  """
+  if '://' in str(tensor.file) or not tensor.nbytes:
+    return read(tensor)
+  mapped = np.memmap(tensor.file, np.uint8, 'r', tensor.start, (tensor.nbytes,))
+  return mapped.view(np.ndarray).view(tensor.dtype).reshape(tensor.shape)
+
+
 def rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
   """Entries start to stop of the first axis; nothing else is read."""
   if not 0 <= start <= stop <= tensor.shape[0]:

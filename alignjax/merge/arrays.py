@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -20,9 +21,14 @@ def namespace(x: Any) -> Any:
   return jnp if isinstance(x, jax.Array) else np
 
 
+def floating(dtype: Any) -> bool:
+  """Whether it is a dtype of weights; bfloat16 is one."""
+  return jnp.issubdtype(dtype, jnp.floating)
+
+
 def known(x: Any) -> bool:
   """Whether a number is there to be looked at: it is not traced."""
-  return not isinstance(x, jax.core.Tracer)
+  return not isinstance(x, Tracer)
 
 
 def float32(x: Any) -> Any:

@@ -18,6 +18,7 @@ from alignjax.merge import arrays, method
 from alignjax.merge.method import Method
 
 ITEMS = 2**17  # of a block, unless a row is longer
+WAITING = 8  # blocks at once
 
 Read = Callable[[int, int], Sequence[np.ndarray]]
 
@@ -60,7 +61,7 @@ def in_order(
   try:
     for item in items:
       waiting.append(pool.submit(fn, item))
-      if len(waiting) >= 8:
+      if len(waiting) >= WAITING:
         yield waiting.pop(0).result()
     while waiting:
       yield waiting.pop(0).result()
@@ -115,23 +116,32 @@ def settled(
 def merged(
   how: Method,
   leaf: Leaf,
-  stats: Any,
-  numbers: Mapping[str, Any],
+  settings: Sequence[tuple[Any, Mapping[str, Any]]],
   block: tuple[int, int],
-) -> np.ndarray:
-  """float32 rows of the merge. Raises UserError for non-finite inputs."""
-  read = leaf.read(*block)
-  base, *models = map(arrays.float32, read)
+) -> list[np.ndarray]:
+  """float32 rows of the merge, for each (stats, numbers) of `settled`.
+
+  Raises UserError for inputs that are not finite.
+  """
+  base, *models = map(arrays.float32, leaf.read(*block))
+  if not all(map(finite, (base, *models))):
+    raise UserError(
+      f'leaf {leaf.name!r} has NaN or infinite weights in one of the inputs, in'
+      f' rows {block[0]} to {block[1] - 1} of {leaf.rows}'
+    )
   index = None
   if how.random:
-    start = block[0] * leaf.columns
     if leaf.size > 2**32:
-      raise UserError(f'{leaf.name} has more than 2^32 items')
+      raise UserError(f'leaf {leaf.name!r} has more than 2^32 items')
+    start = block[0] * leaf.columns
     index = np.arange(start, start + base.size, dtype=np.uint32)
     index = index.reshape(base.shape)
-  return method.combine(
-    how, base, models, stats, numbers, name=leaf.name, index=index
-  )
+  return [
+    method.combine(
+      how, base, models, stats, numbers, name=leaf.name, index=index
+    )
+    for stats, numbers in settings
+  ]
 
 
 def finite(x: np.ndarray) -> bool:

@@ -11,7 +11,7 @@ from alignjax.merge import arrays
 
 def weighted_sum(
   terms: Sequence[Float[Array, '...']], weights: Sequence[Any]
-) -> Float[Array, '...']:
+) -> Any:
   """sum_m weights_m terms_m; an array that has all the weight, bit for bit.
 
   The bits (negative zeros, and non-finite values elsewhere) need a selection,
@@ -21,7 +21,7 @@ def weighted_sum(
     return _known(terms, [np.float32(weight) for weight in weights])
   xp = arrays.namespace(terms[0])
   shares = xp.stack([xp.asarray(w, dtype=xp.float32) for w in weights])
-  total = sum(w * x for w, x in zip(shares, terms))
+  total: Any = sum(w * x for w, x in zip(shares, terms))
   alone = xp.count_nonzero(shares) == 1
   for w, x in zip(shares, terms):
     total = xp.where(alone & (w == 1), x, total)

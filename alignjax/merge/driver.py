@@ -1,16 +1,18 @@
-"""Merges model directories leaf by leaf, in memory bounded by a known number.
+"""Merges models on disk, in memory bounded by a number known before.
 
-First everything is checked (names, shapes, bases, tokenizers, rules, outputs),
-then methods with stats read the inputs once for those, then one pass reads a
-leaf of every input, merges it once per output and hands it to the writers.
-Arithmetic is float32; the result has the dtypes of the base. Not the place for
-a method's formula: those are pure functions in `methods/`.
+First everything is checked (names, shapes, bases, tokenizers, rules, outputs).
+Methods whose totals belong to groups of leaves read the inputs once for those;
+then one pass takes a leaf of every input, merges it once per output on every
+core and hands it to the writers, which write behind. Arithmetic is float32; a
+result has the dtypes and the format of the base. Not the place for a method's
+formula: those are pure functions in `methods/`.
 """
 
 import contextlib
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -19,20 +21,13 @@ import numpy as np
 from etils import epath
 
 from alignjax.core.types import UserError
-from alignjax.interop.open import CERTIFICATES, EXTRA
-from alignjax.merge import memory, methods
-from alignjax.system import model_dir
-from alignjax.system.model_dir import ModelDir
+from alignjax.interop import convert
+from alignjax.interop.opened import Opened
+from alignjax.merge import arrays, blocks, inputs, method, rules
+from alignjax.merge.method import Method
+from alignjax.system import leaf_files, model_dir
 
 Step = Callable[[str], None]  # told 'what happened' after each leaf
-
-
-class Rule(NamedTuple):
-  """Numbers of the leaves whose whole name matches; first match wins."""
-
-  text: str
-  pattern: re.Pattern[str]
-  numbers: dict[str, float]
 
 
 class Plan(NamedTuple):
@@ -40,194 +35,303 @@ class Plan(NamedTuple):
 
   Attributes:
     method: how.
-    base: the base's model directory; its path stands in messages.
+    base: what gives config, tokenizer and files, and the task vectors' origin.
     models: what is merged.
     role: which params of theirs.
-    leaves: shape and dtype by name.
-    extra: those of the base's tensors that are not the decoder's; copied.
     group: layer, tensor or all.
     rules: numbers of some leaves.
-    outputs: path -> numbers of that merge.
-    overwrite: replace existing outputs.
+    numbers: of each output.
+    outputs: how each is written.
+    turned: leaves are taken with their outputs first.
   """
 
-  method: methods.Method
-  base: ModelDir
-  models: tuple[ModelDir, ...]
+  method: Method
+  base: Opened
+  models: tuple[Opened, ...]
   role: str
-  leaves: dict[str, jax.ShapeDtypeStruct]
-  extra: dict[str, jax.ShapeDtypeStruct]
   group: str
-  rules: tuple[Rule, ...]
-  outputs: dict[str, dict[str, Any]]
-  overwrite: bool
+  rules: tuple[rules.Rule, ...]
+  numbers: tuple[dict[str, Any], ...]
+  outputs: tuple[convert.Plan, ...]
+  turned: bool
+
+  @property
+  def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+    return self.base.leaves
+
+  @property
+  def read(self) -> tuple[Opened, ...]:
+    """The inputs whose weights are read; the first stands for the base."""
+    if self.method.uses_base:
+      return self.base, *self.models
+    return self.models
+
+  @property
+  def passes(self) -> int:
+    """How often the inputs are read, leaf by leaf."""
+    return 2 if self.method.grouped else 1
 
   @property
   def peak_bytes(self) -> int:
     """Upper estimate of what the arrays of the merge occupy at once."""
-    sizes = [
-      (math.prod(x.shape), x.dtype.itemsize) for x in self.leaves.values()
-    ]
-    inputs = len(self.models) + 1
-    # Stored and float32 copies of the inputs, and the result.
-    leaf = max(n * (inputs * (item + 4) + 4 + item) for n, item in sizes)
-    copied = [
-      math.prod(x.shape) * x.dtype.itemsize for x in self.extra.values()
-    ]
-    held, writing = model_dir.writer_bytes(
-      [n * item for n, item in sizes] + copied
-    )
-    # Every writer holds its share; they write one at a time.
-    return max([leaf, *copied]) + len(self.outputs) * held + writing
+    sizes = [convert.size(spec) for spec in self.leaves.values()]
+    largest = max(sizes)
+    held = min(largest, inputs.HELD_BYTES)
+    window = blocks.ITEMS * 4 * blocks.WAITING
+    total = window * (3 * len(self.read) + 4 * len(self.outputs))
+    for model in self.read:
+      if model.format == 'alignjax':
+        total += held
+      elif model.format == 'deepmind':
+        total += largest
+    if any(model.format == 'alignjax' for model in self.read):
+      # A leaf of one chunk is decoded whole, before it is put where it stays.
+      total += min(largest, model_dir.PART_BYTES) + leaf_files.PASSING_BYTES
+    for output in self.outputs:
+      total += 2 * held  # one is filled while the one before is written
+      if output.to != 'hf':
+        between, writing = model_dir.writer_bytes(
+          map(convert.size, (*output.leaves.values(), *output.extra.values()))
+        )
+        total += between + writing
+      if output.to != self.base.format:
+        total += largest  # turned around
+    return total
 
   @property
-  def passes(self) -> int:
-    return 1 if self.method.stats is None else 2
+  def read_bytes(self) -> int:
+    """What is read from all inputs, in all passes."""
+    return self.passes * sum(
+      convert.size(spec) for m in self.read for spec in m.leaves.values()
+    )
 
 
 def plan(
-  method: str,
+  name: str,
   *,
-  base: epath.PathLike,
+  base: epath.PathLike | None,
   models: Sequence[epath.PathLike],
   out: epath.PathLike,
   role: str = 'policy',
   group: str = 'layer',
   where: Sequence[str] = (),
+  format: str | None = None,  # noqa: A002
+  dtype: str = 'keep',
+  pad: bool = False,
   overwrite: bool = False,
   allow_different_bases: bool = False,
+  extrapolate: bool = False,
   **numbers: Any,
 ) -> Plan:
   """Checks a merge before any weight is read. Raises UserError.
 
   Args:
-    method: linear (or lerp), slerp, liti.
-    base: model directory that gives the dtypes, the config, the tokenizer and
-      the files that go with it, and from which task vectors are taken.
-    models: model directories.
-    out: the result's; for a list of t or liti_rate the folder of the results,
-      `t_0.50` or `liti_0.30`.
+    name: of the method.
+    base: model that gives the dtypes, the config, the tokenizer and the files
+      that go with it, and from which task vectors are taken; the first model
+      where the method has no task vectors and none is given.
+    models: model directories of any format.
+    out: the result's; for a list of values of one number the folder of the
+      results, `t_0.50` or `liti_0.30`.
     role: which params to merge; beside it the result has `extra` of the base.
     group: layer, tensor or all.
-    where: rules 'REGEX:name=value[,name=value]'.
+    where: rules 'REGEX:name=value[,name=value]'; see `rules`.
+    format: of the results: alignjax, hf or deepmind; the base's by default.
+    dtype: keep (the base's), bfloat16 or float32.
+    pad: tables of other rows than the base's lose what is too much and take
+      what is missing from the base.
     overwrite: replace existing results.
     allow_different_bases: merge models that record another init than `base`.
+    extrapolate: numbers that interpolate may lie beyond their ends.
     **numbers: of the method; one of them may be a list of several.
   """
-  how = methods.method(method)
-  methods.group_of('', group)  # refuses an unknown group
-  outputs = _outputs(how, out, numbers)
-  rules = _rules(where, how, outputs, len(models))
-  directories = [model_dir.read(path) for path in (base, *models)]
-  first, *others = directories
-  _check_kinds(directories)
-  leaves = model_dir.leaves(first, role)
-  memory.check_same(
-    str(first.path),
-    leaves,
-    {str(model.path): model_dir.leaves(model, role) for model in others},
+  how = method.method(name)
+  method.group_of('', group)  # refuses an unknown group
+  if base is None:
+    if how.uses_base:
+      raise UserError(f'{name} needs --base, from which the task vectors are')
+    base = models[0]
+  wanted = _outputs(how, out, numbers)
+  given = rules.parsed(
+    where, how, tuple(wanted.values()), len(models), extrapolate
   )
-  _check_tokenizers(directories)
+  first, *others = inputs.opened((base, *models), role, pad=pad)
+  if dtype == 'keep' and (wrong := inputs.mixed_dtypes((first, *others))):
+    more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
+    raise UserError(
+      f'merge of models of different dtypes: {"; ".join(wrong[:5])}{more};'
+      ' say with --dtype which the result has'
+    )
   if not allow_different_bases:
-    _check_bases(first, others, role)
-  _check_rules(rules, leaves)
-  for path in outputs:
-    model_dir.check_free(path, overwrite)
+    inputs.check_bases(first, others, role)
+  rules.check(given, first.leaves)
+  for path in wanted:
+    _check_apart(path, (first, *others))
+  outputs = tuple(
+    convert.plan(
+      _told(first, role),
+      path,
+      to=format or first.format,
+      dtype=dtype,
+      overwrite=overwrite,
+      role=role,
+    )
+    for path in wanted
+  )
   return Plan(
     method=how,
     base=first,
     models=tuple(others),
     role=role,
-    leaves=leaves,
-    extra=_extra(first, role),
     group=group,
-    rules=rules,
+    rules=given,
+    numbers=tuple(wanted.values()),
     outputs=outputs,
-    overwrite=overwrite,
+    turned=how.by_rows or first.format == 'hf',
   )
 
 
-def run(what: Plan, step: Step = lambda text: None) -> list[ModelDir]:
+def run(what: Plan, step: Step = lambda text: None) -> list[epath.Path]:
   """Merges; results appear when the pass is complete, none after an error.
 
   `step` is called after each leaf of each pass.
   """
-  stats = _group_stats(what, step)
   with contextlib.ExitStack() as stack:
-    puts = [
-      stack.enter_context(
-        model_dir.writer(
-          path,
-          config=what.base.config,
-          provenance=_provenance(what, numbers, stats),
-          files=[f for f in what.base.files if f.name not in CERTIFICATES],
-          view=what.base.view,
-          head=what.base.head,
-          overwrite=what.overwrite,
-        )
-      )
-      for path, numbers in what.outputs.items()
-    ]
-    for name in what.leaves:
-      base, leaves = _read(what, name)
-      key = methods.group_of(name, what.group)
-      for put, numbers in zip(puts, what.outputs.values()):
-        changed = _numbers(what.rules, name, numbers)
-        put(
-          what.role,
-          name,
-          _merged(what, name, base, leaves, stats.get(key), changed),
-        )
+    pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
+    scratch = _scratch(what.outputs[0].path)
+    totals = _totals(what, scratch, pool, step)
+    puts = []
+    for output, numbers in zip(what.outputs, what.numbers):
+      record = {**output.provenance, **_provenance(what, numbers, totals)}
+      output = output._replace(provenance=record)
+      puts.append(stack.enter_context(convert.writer(output)))
+    behind = stack.enter_context(_behind())
+    for name, spec in what.leaves.items():
+      found = _merged(what, name, spec, totals, scratch, pool)
+      for put, output, array in zip(puts, what.outputs, found):
+        behind(put, name, convert.cast(array, output.leaves[name]))
       step(f'merged {name}')
-    for name in what.extra:
-      leaf = model_dir.load_leaf(what.base, EXTRA, name)
-      for put in puts:
-        put(EXTRA, name, leaf)
-  return [model_dir.read(path) for path in what.outputs]
+    for name in what.base.extra:
+      leaf = what.base.load_extra(name)
+      for put, output in zip(puts, what.outputs):
+        if name in output.extra:
+          behind(put, name, leaf)
+  return [output.path for output in what.outputs]
 
 
-def _extra(base: ModelDir, role: str) -> dict[str, jax.ShapeDtypeStruct]:
-  if EXTRA not in base.roles or role == EXTRA:
-    return {}
-  return model_dir.leaves(base, EXTRA)
+@contextlib.contextmanager
+def _behind() -> Iterator[Callable[..., None]]:
+  """Calls in the background, in order, two at most waiting."""
+  waiting: list[Future[Any]] = []
+  with ThreadPoolExecutor(1) as pool:
+
+    def later(fn: Callable[..., Any], *args: Any) -> None:
+      while len(waiting) >= 2:
+        waiting.pop(0).result()
+      waiting.append(pool.submit(fn, *args))
+
+    yield later
+    for future in waiting:
+      future.result()
 
 
-def _merged(what, name, base, leaves, stats, numbers) -> np.ndarray:
-  if not memory.is_float(base):
-    return memory.same_integers(name, base, leaves)
-  return np.asarray(methods.combine(what.method, base, leaves, stats, numbers))
+def _leaf(what: Plan, name: str, scratch: epath.PathLike) -> blocks.Leaf:
+  # The base's rows stand for those that another table lacks.
+  shapes = {m.leaves[name].shape for m in (what.base, *what.models)}
+  whole = what.method.uses_base or len(shapes) > 1
+  models = (what.base, *what.models) if whole else what.models
+  found = inputs.matrices(models, name, what.turned, scratch)
+  first, others = found[0], found[1:] if whole else found
+
+  def cut(x: np.ndarray, start: int, stop: int) -> np.ndarray:
+    if len(x) >= stop:
+      return x[start:stop]
+    return np.concatenate([x[start:], first[max(start, len(x)) : stop]])
+
+  def read(start: int, stop: int) -> list[np.ndarray]:
+    return [cut(x, start, stop) for x in (first, *others)]
+
+  rows, columns = first.shape
+  return blocks.Leaf(name, rows, columns, read)
 
 
-def _read(what: Plan, name: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-  base, *leaves = [
-    model_dir.load_leaf(model, what.role, name)
-    for model in (what.base, *what.models)
-  ]
-  return base, tuple(leaves)
-
-
-def _group_stats(what: Plan, step: Step) -> dict[str, Any]:
-  """Group -> sum of the stats of its leaves; empty if the method has none."""
-  stats: dict[str, Any] = {}
-  if what.method.stats is None:
-    return stats
+def _totals(
+  what: Plan, scratch: epath.PathLike, pool: ThreadPoolExecutor, step: Step
+) -> dict[str, Any]:
+  """Group -> total of the first pass; empty if groups mean nothing to it."""
+  found: dict[str, Any] = {}
+  if not what.method.grouped:
+    return found
   for name, spec in what.leaves.items():
-    if memory.is_float(spec):
-      part = methods.leaf_stats(what.method, *_read(what, name))
-      key = methods.group_of(name, what.group)
-      stats[key] = stats[key] + part if key in stats else part
+    if arrays.floating(spec.dtype):
+      leaf = _leaf(what, name, scratch)
+      part = blocks.total(what.method, 0, leaf, None, pool)
+      key = method.group_of(name, what.group)
+      found[key] = found[key] + part if key in found else part
     step(f'measured {name}')
-  for key, total in stats.items():
-    methods.check_stats(what.method, key, total)
-  return stats
+  for key, total in found.items():
+    method.check_total(what.method, key, total)
+  return found
+
+
+def _merged(
+  what: Plan,
+  name: str,
+  spec: jax.ShapeDtypeStruct,
+  totals: Mapping[str, Any],
+  scratch: epath.PathLike,
+  pool: ThreadPoolExecutor,
+) -> list[np.ndarray]:
+  """The leaf of every output, in its dtype."""
+  if not arrays.floating(spec.dtype):
+    return [_same(what, name)] * len(what.outputs)
+  leaf = _leaf(what, name, scratch)
+  total = totals.get(method.group_of(name, what.group))
+  settings = [
+    blocks.settled(
+      what.method,
+      leaf,
+      rules.numbers(what.rules, name, numbers, what.base.config.layers),
+      total,
+      pool,
+    )
+    for numbers in what.numbers
+  ]
+  results = [
+    inputs.empty((leaf.rows, leaf.columns), output.leaves[name].dtype, scratch)
+    for output in what.outputs
+  ]
+
+  def fill(block: tuple[int, int]) -> None:
+    found = blocks.merged(what.method, leaf, settings, block)
+    for result, x in zip(results, found):
+      result[slice(*block)] = arrays.rounded(x, result.dtype)
+
+  for _ in blocks.in_order(pool, fill, leaf.blocks()):
+    pass
+  shape = what.leaves[name].shape
+  if not what.turned:
+    return [x.reshape(shape) for x in results]
+  return [inputs.stored_again(name, x, shape) for x in results]
+
+
+def _same(what: Plan, name: str) -> np.ndarray:
+  """A leaf of whole numbers, which must agree: they have no mean."""
+  first, *others = (model.load(name) for model in (what.base, *what.models))
+  if not all(np.array_equal(first, x) for x in others):
+    raise UserError(
+      f'leaf {name!r} is {first.dtype} and differs between models'
+    )
+  return first
 
 
 def _provenance(
-  what: Plan, numbers: Mapping[str, Any], stats: Mapping[str, Any]
+  what: Plan, numbers: Mapping[str, Any], totals: Mapping[str, Any]
 ) -> dict[str, Any]:
-  def source(model: ModelDir):
-    digest = model_dir.digest(model, what.role)
-    return {'path': str(model.path), 'digest': digest}
+  def source(model: Opened) -> dict[str, Any]:
+    digest = inputs.digest(model, what.role)
+    known = {} if digest is None else {'digest': digest}
+    return {'path': str(model.path), **known}
 
   merged: dict[str, Any] = {
     'method': what.method.name,
@@ -239,12 +343,18 @@ def _provenance(
   }
   if what.method.report is not None:
     merged['angles_deg'] = {
-      key: what.method.report(total) for key, total in stats.items()
+      key: what.method.report(total) for key, total in totals.items()
     }
-  out = {'merge': merged, 'alignjax': _version()}
-  if (kept := what.base.provenance.get('source')) is not None:
-    out['source'] = kept  # what writes the base's files back writes these
-  return out
+  return {'merge': merged, 'alignjax': _version()}
+
+
+def _told(base: Opened, role: str) -> Opened:
+  """The base as what is written: of its past only what writes files back."""
+  source = base.provenance.get('source')
+  extra = {} if role == 'extra' else base.extra
+  return base._replace(
+    provenance={} if source is None else {'source': source}, extra=extra
+  )
 
 
 def _version() -> str:
@@ -254,8 +364,26 @@ def _version() -> str:
     return 'unknown'
 
 
+def _scratch(path: epath.Path) -> str:
+  """A local folder on the result's disk, or the system's own."""
+  folder = path.parent
+  if '://' in str(folder):
+    return ''
+  folder.mkdir(parents=True, exist_ok=True)
+  return str(folder)
+
+
+def _check_apart(path: str, models: Sequence[Opened]) -> None:
+  """Raises UserError if a result would lie inside an input, or over it."""
+  result = os.path.realpath(path)
+  for model in models:
+    given = os.path.realpath(model.path)
+    if '://' not in path and os.path.commonpath([result, given]) == given:
+      raise UserError(f'{path} lies inside an input, {model.path}')
+
+
 def _outputs(
-  how: methods.Method, out: epath.PathLike, numbers: Mapping[str, Any]
+  how: Method, out: epath.PathLike, numbers: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
   """Path of each result -> its numbers."""
   numbers = {k: v for k, v in numbers.items() if v is not None}
@@ -273,7 +401,8 @@ def _outputs(
     raise UserError(f'{name} is an empty list')
   outputs: dict[str, dict[str, Any]] = {}
   for value in numbers[name]:
-    methods.check_share(name, value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+      raise UserError(f'{name} must be a list of numbers, found {value!r}')
     folder = f'{name.removesuffix("_rate")}_{_label(value)}'
     path = str(epath.Path(out) / folder)
     if path in outputs:
@@ -286,106 +415,3 @@ def _label(value: float) -> str:
   """Two decimals, or as many as it takes."""
   short = f'{value:.2f}'
   return short if float(short) == value else repr(value)
-
-
-def _rules(
-  where: Sequence[str],
-  how: methods.Method,
-  outputs: Mapping[str, Mapping[str, Any]],
-  models: int,
-) -> tuple[Rule, ...]:
-  """The rules, once the numbers of every leaf of every result are good."""
-  rules = tuple(map(_rule, where))
-  for given in outputs.values():
-    for changed in ({}, *(rule.numbers for rule in rules)):
-      methods.check_numbers(how, {**given, **changed}, models)
-  return rules
-
-
-def _rule(text: str) -> Rule:
-  """'REGEX:name=value[,name=value]'; the last colon separates."""
-  regex, colon, assignments = text.rpartition(':')
-  numbers = {}
-  for assignment in assignments.split(','):
-    name, equals, value = assignment.partition('=')
-    try:
-      numbers[name.strip()] = float(value)
-    except ValueError:
-      equals = ''
-    if not (colon and equals):
-      raise UserError(
-        f'--where {text!r} is not of the form REGEX:name=value[,name=value]'
-      )
-  try:
-    return Rule(text, re.compile(regex), numbers)
-  except re.error as error:
-    raise UserError(f'--where {text!r}: bad regex: {error}') from error
-
-
-def _numbers(
-  rules: Sequence[Rule], leaf: str, numbers: Mapping[str, Any]
-) -> dict[str, Any]:
-  rule = _first_match(rules, leaf)
-  return {**numbers, **(rule.numbers if rule else {})}
-
-
-def _first_match(rules: Sequence[Rule], leaf: str) -> Rule | None:
-  return next((rule for rule in rules if rule.pattern.fullmatch(leaf)), None)
-
-
-def _check_rules(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> None:
-  used = [_first_match(rules, leaf) for leaf in leaves]
-  for rule in rules:
-    if rule in used:
-      continue
-    if any(rule.pattern.fullmatch(leaf) for leaf in leaves):
-      raise UserError(
-        f'--where {rule.text!r}: earlier rules take all its leaves'
-      )
-    raise UserError(
-      f'--where {rule.text!r} matches no leaf; the regex must match a whole'
-      f' name such as {next(iter(leaves))!r}'
-    )
-
-
-def _check_kinds(directories: Sequence[ModelDir]) -> None:
-  base, *others = directories
-  if mixed := [str(d.path) for d in directories if d.view == 'conditioned']:
-    raise UserError(
-      f'merge of a conditioned model: {mixed[0]}; write a plain one first, '
-      'aj.save(aj.load(PATH, weights=...), OUT)'
-    )
-  for model in others:
-    for field in ('view', 'head'):
-      ours, theirs = getattr(base, field), getattr(model, field)
-      if ours != theirs:
-        raise UserError(
-          f'merge of different kinds of models: {field} is {ours!r} in'
-          f' {base.path} and {theirs!r} in {model.path}'
-        )
-
-
-def _check_tokenizers(directories: Sequence[ModelDir]) -> None:
-  base, *others = directories
-  ours = base.tokenizer.read_bytes() if base.tokenizer else None
-  for model in others:
-    theirs = model.tokenizer.read_bytes() if model.tokenizer else None
-    if ours != theirs:
-      raise UserError(
-        f'merge of models with different tokenizers: {model_dir.TOKENIZER} of'
-        f' {base.path} and of {model.path} are not the same bytes'
-      )
-
-
-def _check_bases(base: ModelDir, models: Sequence[ModelDir], role: str) -> None:
-  """Models that say what they were trained from must say: from this base."""
-  expected = model_dir.digest(base, role)
-  for model in models:
-    init = model.provenance.get('init')
-    found = init.get('checksum') if isinstance(init, dict) else None
-    if found is not None and found != expected:
-      raise UserError(
-        f'merge of models with different bases: {model.path} was trained from'
-        f' weights with digest {str(found)[:12]}, the base {base.path} has'
-        f' {expected[:12]} (--allow-different-bases merges them all the same)'
-      )

@@ -1,75 +1,175 @@
-"""Merges trees of arrays in memory, also under jit; no files here.
+"""Merges trees of arrays in memory, also under jit and on a mesh; no files.
 
-The streaming driver does the same leaf by leaf, through the same functions.
+Weights that lie in this process's memory are merged by NumPy, in the blocks of
+the streaming driver: the same bits. Others, traced or on devices, are merged
+where they are, sharded as they are.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from alignjax.core import tree
 from alignjax.core.types import Params, UserError
-from alignjax.merge import methods
+from alignjax.merge import arrays, blocks, inputs, method
+from alignjax.merge.method import Method
 
 
 def merge(
-  method: str,
+  name: str,
   *,
-  base: Params,
+  base: Params | None = None,
   models: Sequence[Params],
   group: str = 'layer',
+  extrapolate: bool = False,
   **numbers: Any,
 ) -> Params:
   """The merge of canonical trees, in the structure and dtypes of `base`.
 
   Args:
-    method: linear (or lerp), slerp, liti.
-    base: the init of the task vectors.
+    name: of the method; see `alignjax merge --help`.
+    base: the init of the task vectors; the first model for methods without.
     models: trees of the same names and shapes.
     group: what shares an angle: layer, tensor or all.
-    **numbers: t, weights, liti_rate: see the method.
+    extrapolate: numbers that interpolate may lie beyond their ends.
+    **numbers: t, weights, liti_rate, density, ...: see the method.
 
-  Raises UserError for names, shapes or numbers that do not fit, and for
-  opposite task vectors; under jit, where values are unknown, those give NaN.
+  Raises UserError for names, shapes or numbers that do not fit, for weights
+  that are not finite, and for opposite task vectors; under jit, where values
+  are unknown, those give NaN.
   """
-  how = methods.method(method)
-  methods.check_numbers(how, numbers, len(models))
-  bases = tree.named(base)
-  others = [tree.named(model) for model in models]
-  check_same('base', bases, {f'model {i}': o for i, o in enumerate(others)})
-  if any(name.startswith('groups/') for name in bases):
+  how = method.method(name)
+  numbers = {k: v for k, v in numbers.items() if v is not None}
+  method.check_numbers(how, numbers, len(models), extrapolate)
+  method.group_of('', group)
+  if base is None:
+    if how.uses_base:
+      raise UserError(f'{name} needs a base, from which the task vectors are')
+    base = models[0]
+  first, *others = map(tree.named, (base, *models))
+  check_same('base', first, {f'model {i}': o for i, o in enumerate(others)})
+  if any(leaf.startswith('groups/') for leaf in first):
     raise UserError('merge takes canonical trees: call tree.unstack first')
-  leaves = {name: tuple(o[name] for o in others) for name in bases}
-  stats = {}
-  if how.stats is not None:
-    for name in sorted(filter(lambda n: is_float(bases[n]), bases)):
-      part = methods.leaf_stats(how, bases[name], leaves[name])
-      key = methods.group_of(name, group)
-      stats[key] = stats[key] + part if key in stats else part
-    for key, total in stats.items():
-      if not isinstance(total, Tracer):
-        methods.check_stats(how, key, total)
+  near = all(map(_near, (x for of in (first, *others) for x in of.values())))
+  near &= all(map(arrays.known, jax.tree.leaves(numbers)))
+  total_of = _near_total if near else _far_total
+  leaf_of = _near_leaf if near else _far_leaf
+  leaves = {leaf: tuple(o[leaf] for o in others) for leaf in first}
+  totals: dict[str, Any] = {}
+  if how.grouped:
+    for leaf in sorted(filter(lambda n: is_float(first[n]), first)):
+      part = total_of(how, leaf, first[leaf], leaves[leaf])
+      key = method.group_of(leaf, group)
+      totals[key] = totals[key] + part if key in totals else part
+    for key, total in totals.items():
+      if arrays.known(total):
+        method.check_total(how, key, total)
 
-  def leaf(name, x):
+  def one(leaf, x):
     if not is_float(x):
-      return same_integers(name, x, leaves[name])
-    group_stats = stats.get(methods.group_of(name, group))
-    return methods.combine(how, x, leaves[name], group_stats, numbers)
+      return same_integers(leaf, x, leaves[leaf])
+    total = totals.get(method.group_of(leaf, group))
+    return leaf_of(how, leaf, x, leaves[leaf], numbers, total)
 
-  return tree.map_named(leaf, base)
+  return tree.map_named(one, base)
 
 
 def is_float(leaf: Any) -> bool:
-  return jnp.issubdtype(leaf.dtype, jnp.floating)
+  return arrays.floating(leaf.dtype)
+
+
+def _near(x: Any) -> bool:
+  """Whether NumPy can look at an array without moving it."""
+  if not isinstance(x, jax.Array):
+    return True
+  if not arrays.known(x):
+    return False
+  return [device.platform for device in x.devices()] == ['cpu']
+
+
+def _near_total(how: Method, name: str, base: Any, models: Any) -> Any:
+  return blocks.total(how, 0, _leaf(how, name, base, models), None)
+
+
+def _near_leaf(
+  how: Method, name: str, base: Any, models: Any, numbers: Any, total: Any
+) -> Any:
+  """A leaf merged as the driver does it."""
+  one = _leaf(how, name, base, models)
+  setting = blocks.settled(how, one, numbers, total)
+  out = np.empty((one.rows, one.columns), np.asarray(base).dtype)
+  for start, stop in one.blocks():
+    (x,) = blocks.merged(how, one, [setting], (start, stop))
+    out[start:stop] = arrays.rounded(x, out.dtype)
+  if how.by_rows:
+    out = inputs.stored_again(name, out, base.shape)
+  out = np.ascontiguousarray(out).reshape(base.shape)
+  return jnp.asarray(out) if isinstance(base, jax.Array) else out
+
+
+def _far_total(how: Method, name: str, base: Any, models: Any) -> Any:
+  first, *others = _wide(how, name, base, models)
+  return how.passes[0].measure(first, tuple(others), None)
+
+
+def _far_leaf(
+  how: Method, name: str, base: Any, models: Any, numbers: Any, total: Any
+) -> Any:
+  """A whole leaf merged where it is."""
+  first, *others = _wide(how, name, base, models)
+  given, stats = dict(numbers), None
+  if how.prepare is not None:
+    given = how.prepare(first.size, **given)
+  told = {k: v for k, v in given.items() if k != 'seed'}
+  for i, one in enumerate(how.passes):
+    found = total if i == 0 else None
+    if found is None:
+      found = one.measure(first, tuple(others), stats)
+    stats = one.settle(found, stats, **told)
+  index = None
+  if how.random:
+    index = jax.lax.iota(jnp.uint32, first.size).reshape(first.shape)
+  out = method.combine(how, first, others, stats, given, name=name, index=index)
+  if how.by_rows:
+    out = inputs.stored_again(name, out, base.shape)
+  return out.reshape(base.shape).astype(base.dtype)
+
+
+def _leaf(
+  how: Method, name: str, base: Any, models: Sequence[Any]
+) -> blocks.Leaf:
+  matrices = [
+    inputs.as_matrix(name, np.asarray(x), how.by_rows) for x in (base, *models)
+  ]
+
+  def read(start: int, stop: int) -> list[np.ndarray]:
+    return [x[start:stop] for x in matrices]
+
+  rows, columns = matrices[0].shape
+  return blocks.Leaf(name, rows, columns, read)
+
+
+def _wide(
+  how: Method, name: str, base: Any, models: Sequence[Any]
+) -> list[Any]:
+  """float32, outputs first where rows count, each a JAX array."""
+  return [
+    arrays.float32(
+      inputs.as_matrix(name, jnp.asarray(x), True)
+      if how.by_rows
+      else jnp.asarray(x)
+    )
+    for x in (base, *models)
+  ]
 
 
 def same_integers(name: str, base: Any, leaves: Sequence[Any]) -> Any:
   """`base`, if the models agree with it: other numbers have no mean."""
-  traced = any(isinstance(x, Tracer) for x in (base, *leaves))
-  if not traced and not all(np.array_equal(base, x) for x in leaves):
+  known = all(map(arrays.known, (base, *leaves)))
+  if known and not all(np.array_equal(base, x) for x in leaves):
     raise UserError(f'leaf {name!r} is {base.dtype} and differs between models')
   return base
 

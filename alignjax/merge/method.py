@@ -141,7 +141,7 @@ def check_number(
     value = value.item()
   good = isinstance(value, kinds) and not isinstance(value, bool)
   free = extrapolate and allowed.outside
-  if not good or not (free or allowed.low <= value <= allowed.high):
+  if not good or not (free or allowed.low <= float(value) <= allowed.high):
     raise UserError(
       f'{name} must be a {"whole " if allowed.whole else ""}number from'
       f' {allowed.low:g} to {allowed.high:g}, found {value!r}'

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,14 +36,20 @@ def open_array(path: epath.Path) -> ts.TensorStore:
   return ts.open(spec, read=True).result()
 
 
-def read(array: ts.TensorStore) -> np.ndarray:
-  """The whole array. Raises ValueError or OSError if it is damaged."""
+Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+
+
+def read(array: ts.TensorStore, allocate: Allocate = np.empty) -> np.ndarray:
+  """The whole array. Raises ValueError or OSError if it is damaged.
+
+  One of several chunks is read into what `allocate(shape, dtype)` gives.
+  """
   # A chunk is decoded whole, however little of it is asked for.
   chunk = array.chunk_layout.read_chunk.shape or array.shape
   boxes = list(_boxes(array.shape, [size or 1 for size in chunk]))
   if len(boxes) == 1:
     return np.asarray(array.read().result())
-  out = np.empty(array.shape, array.dtype.numpy_dtype)
+  out = allocate(tuple(array.shape), array.dtype.numpy_dtype)
   for box in boxes:
     out[box] = array[box].read().result()
   return out

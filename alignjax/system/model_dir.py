@@ -122,11 +122,19 @@ def leaves(
   return out
 
 
-def load_leaf(model: ModelDir, role: str, name: str) -> np.ndarray:
-  """One leaf, checksum verified. Raises UserError if it is damaged."""
+def load_leaf(
+  model: ModelDir,
+  role: str,
+  name: str,
+  allocate: leaf_files.Allocate = np.empty,
+) -> np.ndarray:
+  """One leaf, checksum verified. Raises UserError if it is damaged.
+
+  `allocate(shape, dtype)` gives the array of a leaf that is read in chunks.
+  """
   expected = _known(model, role)[name]
   try:
-    array = leaf_files.read(_open(model, role, name))
+    array = leaf_files.read(_open(model, role, name), allocate)
   except (ValueError, OSError) as error:
     raise _damaged(model, role, name, _first_line(error)) from error
   found = leaf_files.crc32(array)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,30 +7,40 @@ import pytest
 
 from alignjax.core import tree
 from alignjax.core.types import UserError
+from alignjax.data import tokenizer as tokenizers
 from alignjax.merge import driver, merge
+from alignjax.models import decoder
+from alignjax.models.config import to_json
+from alignjax.models.gemma import gemma
 from alignjax.system import model_dir
 
+CONFIG = gemma(
+  family='gemma2',
+  vocab_size=400,
+  width=4,
+  hidden=6,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=2,
+  window=4,
+)
 
-def params(seed, shape=(4, 3), dtype=np.float32):
+
+def params(seed, config=CONFIG, dtype=np.float32):
   draw = np.random.default_rng(seed).normal
-  leaf = lambda: np.asarray(jnp.asarray(draw(size=shape), dtype))  # noqa: E731
-  return {
-    'embed': {'table': leaf()},
-    'final_norm': {'scale': leaf()},
-    'layer_0': {'attn': {'q': leaf()}, 'ffw': {'up': leaf()}},
-    'layer_1': {'attn': {'q': leaf()}, 'ffw': {'up': leaf()}},
-  }
+  return jax.tree.map(
+    lambda x: np.asarray(jnp.asarray(draw(size=x.shape), dtype)),
+    decoder.shapes(config),
+  )
 
 
-def write(path, weights, provenance=None, tokenizer=b'pieces', **more):
-  file = path.parent / f'{path.name}.tokenizer'
-  file.write_bytes(tokenizer)
+def write(path, weights, provenance=None, config=CONFIG, **more):
   return model_dir.write(
     path,
-    config={'width': 3},
+    config=to_json(config),
     params={'policy': weights},
     provenance=provenance or {},
-    tokenizer=file,
     **more,
   )
 
@@ -46,7 +58,7 @@ def three(tmp_path):
 def merged(method, paths, out, **more):
   base, *models = paths
   what = driver.plan(method, base=base, models=models, out=out, **more)
-  return driver.run(what)
+  return [model_dir.read(path) for path in driver.run(what)]
 
 
 def identical(a, b):
@@ -92,9 +104,7 @@ def test_a_list_gives_several_results_in_one_pass(three, tmp_path, monkeypatch):
   reads = []
   load_leaf = model_dir.load_leaf
   monkeypatch.setattr(
-    model_dir,
-    'load_leaf',
-    lambda *arguments: reads.append(arguments) or load_leaf(*arguments),
+    model_dir, 'load_leaf', lambda *of: reads.append(of) or load_leaf(*of)
   )
   rates = [0, 0.3, 0.5, 0.125, 1]
   out = tmp_path / 'front'
@@ -116,9 +126,9 @@ def test_one_leaf_at_a_time_is_in_memory(three, tmp_path, monkeypatch):
   live = []
   load_leaf = model_dir.load_leaf
 
-  def spied(model, role, name):
+  def spied(model, role, name, *rest):
     live.append(name)
-    return load_leaf(model, role, name)
+    return load_leaf(model, role, name, *rest)
 
   monkeypatch.setattr(model_dir, 'load_leaf', spied)
   monkeypatch.setattr(
@@ -137,8 +147,9 @@ def test_rules_change_some_leaves(three, tmp_path):
   expected = {
     **plain,
     'layer_0': a['layer_0'],
-    'layer_1': {'attn': b['layer_1']['attn'], 'ffw': plain['layer_1']['ffw']},
+    'layer_1': plain['layer_1'],
   }
+  expected['layer_1']['attn']['q'] = b['layer_1']['attn']['q']
   identical(model_dir.load(result), expected)
   assert result.provenance['merge']['where'] == where
 
@@ -171,24 +182,20 @@ def test_a_rule_behind_another_is_refused(three, tmp_path):
 def test_provenance_says_what_was_merged(three, tmp_path):
   paths, _ = three
   (result,) = merged('slerp', paths, tmp_path / 'out', t=0.3)
-  assert result.config == {'width': 3}
-  assert result.tokenizer.read_bytes() == b'pieces'
+  assert result.config == to_json(CONFIG)
   said = result.provenance['merge']
   assert (said['method'], said['numbers']) == ('slerp', {'t': 0.3})
   for source, path in zip([said['base'], *said['models']], paths):
     digest = model_dir.digest(model_dir.read(path))
     assert source == {'path': str(path), 'digest': digest}
-  assert set(said['angles_deg']) == {
-    'embed',
-    'final_norm',
-    'layer_0',
-    'layer_1',
-  }
+  groups = {'embedding', 'final_norm', 'layer_0', 'layer_1'}
+  assert set(said['angles_deg']) == groups
   assert all(0 < angle < 180 for (angle,) in said['angles_deg'].values())
 
 
 def test_what_belongs_to_the_base_travels(three, tmp_path):
-  paths, (weights, _, _) = three
+  paths, (weights, a, _) = three
+  tokenizers.train(['def f(x):\n  return x\n'] * 50, tmp_path / 'pieces')
   names = ('tokenizer.json', 'chat_template.jinja', 'certificate.json')
   for name in names:
     (tmp_path / name).write_text(name)
@@ -197,13 +204,12 @@ def test_what_belongs_to_the_base_travels(three, tmp_path):
     'vision': {'w': np.arange(6, dtype=np.float16).reshape(2, 3)},
     'projector': jnp.ones((3, 2), jnp.bfloat16),
   }
-  tokenizer = paths[0].parent / 'base.tokenizer'
   base = model_dir.write(
     paths[0],
-    config={'width': 3},
+    config=to_json(CONFIG),
     params={'policy': weights, 'extra': tower},
     provenance={'source': source, 'made': 'for this test'},
-    tokenizer=tokenizer,
+    tokenizer=tmp_path / 'pieces',
     files=[tmp_path / name for name in names],
     overwrite=True,
   )
@@ -216,22 +222,27 @@ def test_what_belongs_to_the_base_travels(three, tmp_path):
       'tokenizer.json',
       'tokenizer.model',
     ]
-    assert (result.path / 'tokenizer.model').read_bytes() == b'pieces'
+    pieces = (tmp_path / 'pieces').read_bytes()
+    assert (result.path / 'tokenizer.model').read_bytes() == pieces
     assert result.provenance['source'] == source
     assert 'made' not in result.provenance
     assert result.roles == ('policy', 'extra')
     identical(model_dir.load(result, 'extra'), tower)
     assert result.checksums['extra'] == base.checksums['extra']
 
+  (tmp_path / 'other').write_bytes(b'other')
+  write(paths[1], a, tokenizer=tmp_path / 'other', overwrite=True)
+  with pytest.raises(UserError, match='different tokenizers'):
+    merged('slerp', paths, tmp_path / 'more')
+
 
 def test_only_the_base_gives_other_tensors(three, tmp_path):
   paths, (_, a, _) = three
   model_dir.write(
     paths[1],
-    config={'width': 3},
+    config=to_json(CONFIG),
     params={'policy': a, 'extra': {'w': np.ones(2)}},
     provenance={'source': {'format': 'hf'}},
-    tokenizer=tmp_path / 'a.tokenizer',
     overwrite=True,
   )
   (result,) = merged('slerp', paths, tmp_path / 'out')
@@ -239,12 +250,50 @@ def test_only_the_base_gives_other_tensors(three, tmp_path):
   assert 'source' not in result.provenance
 
 
-def test_different_shapes_are_refused(three, tmp_path):
+def test_different_models_are_refused(three, tmp_path):
   paths, _ = three
-  write(paths[2], params(2, shape=(5, 3)), overwrite=True)
-  with pytest.raises(UserError, match='different shapes: embed/table is') as e:
+  for changes, message in (
+    ({'hidden': 8}, 'architectures: hidden is 6 in .*/base and 8 in'),
+    ({'vocab_size': 410}, r'shapes: embedding is \[400, 4\] .*--pad'),
+  ):
+    other = dataclasses.replace(CONFIG, **changes)
+    write(paths[2], params(2, other), config=other, overwrite=True)
+    with pytest.raises(UserError, match=message):
+      merged('slerp', paths, tmp_path / 'out')
+  write(paths[2], params(2, dtype=jnp.bfloat16), overwrite=True)
+  with pytest.raises(UserError, match='different dtypes: .* and 19 more; say'):
     merged('slerp', paths, tmp_path / 'out')
-  assert str(e.value).count('[4, 3]') == 6  # every leaf
+  assert not (tmp_path / 'out').exists()
+  (result,) = merged('slerp', paths, tmp_path / 'out', dtype='bfloat16')
+  leaves = model_dir.leaves(result).values()
+  assert {x.dtype for x in leaves} == {np.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize('rows', [390, 410])
+def test_tables_of_different_rows(three, tmp_path, rows):
+  paths, (base, a, b) = three
+  other = dataclasses.replace(CONFIG, vocab_size=rows)
+  write(paths[2], params(2, other), config=other, overwrite=True)
+  b = params(2, other)
+  (result,) = merged('linear', paths, tmp_path / 'out', t=0.25, pad=True)
+  found = model_dir.load(result)['embedding']
+  both = min(rows, 400)
+  expected = 0.75 * a['embedding'][:both] + 0.25 * b['embedding'][:both]
+  assert found.shape == (400, 4)
+  np.testing.assert_allclose(found[:both], expected, atol=1e-6)
+  rest = 0.75 * a['embedding'][both:] + 0.25 * base['embedding'][both:]
+  np.testing.assert_allclose(found[both:], rest, atol=1e-6)
+
+
+@pytest.mark.parametrize('method', ['slerp', 'linear'])
+def test_weights_that_are_not_finite_are_named(three, tmp_path, method):
+  paths, (_, _, b) = three
+  up = b['layer_1']['ffw']['up'].copy()
+  up[2, 3] = np.nan
+  b['layer_1']['ffw']['up'] = up
+  write(paths[2], b, overwrite=True)
+  with pytest.raises(UserError, match='layer_1'):
+    merged(method, paths, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
 
 
@@ -258,13 +307,6 @@ def test_different_bases_are_refused(three, tmp_path):
     merged('slerp', paths, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
   merged('slerp', paths, tmp_path / 'out', allow_different_bases=True)
-
-
-def test_different_tokenizers_are_refused(three, tmp_path):
-  paths, (_, _, b) = three
-  write(paths[2], b, tokenizer=b'other', overwrite=True)
-  with pytest.raises(UserError, match='different tokenizers'):
-    merged('slerp', paths, tmp_path / 'out')
 
 
 def test_different_kinds_are_refused(three, tmp_path):

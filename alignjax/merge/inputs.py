@@ -1,0 +1,241 @@
+"""What a merge reads: models of any format, as matrices of one orientation.
+
+Opens and compares them; reads no weights before `matrix` is asked for. Not the
+place for how they are merged.
+"""
+
+import dataclasses
+import functools
+import math
+import mmap
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from alignjax.core.types import UserError
+from alignjax.interop import hf_names
+from alignjax.interop.open import absolute
+from alignjax.interop.open import open as open_model
+from alignjax.interop.opened import Opened
+from alignjax.merge import blocks
+from alignjax.system import model_dir
+
+HELD_BYTES = 64 * 2**20  # a larger leaf lies in a file while it is used
+# What may differ between models that are merged: how a model is run, how many
+# rows its table has (which is checked apart) and what it began from.
+_FREE = (
+  'vocab_size dtype init init_std remat unroll attention recurrence'.split()
+)
+# Linear maps by name and the number of their input axes; see hf_names.
+_INPUT_AXES = (
+  (r'(.*/)?attn/o', 2),
+  (r'(.*/)?(attn/[qkv]|ffw/(gate|up|down)|recurrent/(x|y|out))', 1),
+)
+
+
+def opened(
+  paths: Sequence[epath.PathLike], role: str, *, pad: bool = False
+) -> list[Opened]:
+  """The models, once they can be merged. Raises UserError, listing all.
+
+  With `pad`, tables may differ in rows: what the base has not is cut off, what
+  a model lacks is the base's.
+  """
+  models = [_opened(path, role) for path in paths]
+  first, *others = models
+  for other in others:
+    _check_configs(first, other)
+  wrong = []
+  for other in others:
+    wrong += differing(first, other, pad)
+  if wrong:
+    hint = ' (--pad merges tables of different rows)' if not pad else ''
+    rows = any(line.startswith('embedding is') for line in wrong)
+    raise UserError(
+      f'merge of models with different shapes: {"; ".join(wrong)}'
+      f'{hint if rows else ""}'
+    )
+  _check_tokenizers(models)
+  return models
+
+
+def differing(first: Opened, other: Opened, pad: bool = False) -> list[str]:
+  """Every leaf whose name or shape is not the same."""
+  wrong = []
+  ours, theirs = first.leaves, other.leaves
+  for name in sorted(ours.keys() | theirs.keys()):
+    if name not in theirs:
+      wrong.append(f'{name} is missing in {other.path}')
+    elif name not in ours:
+      wrong.append(f'{name} of {other.path} is missing in {first.path}')
+    elif ours[name].shape != theirs[name].shape and not (
+      pad
+      and name == 'embedding'
+      and ours[name].shape[1:] == theirs[name].shape[1:]
+    ):
+      wrong.append(
+        f'{name} is {list(ours[name].shape)} in {first.path} and'
+        f' {list(theirs[name].shape)} in {other.path}'
+      )
+  return wrong
+
+
+def mixed_dtypes(models: Sequence[Opened]) -> list[str]:
+  """Leaves that are not stored alike by all models, a sentence each."""
+  first, *others = models
+  return [
+    f'{name} is {spec.dtype} in {first.path} and'
+    f' {other.leaves[name].dtype} in {other.path}'
+    for name, spec in first.leaves.items()
+    for other in others
+    if other.leaves[name].dtype != spec.dtype
+  ]
+
+
+def outputs_first(name: str, x: Any) -> Any:
+  """A leaf as [outputs, inputs] if it is a linear map, else as it is.
+
+  A view where the strides allow it: for Hugging Face's files, theirs.
+  """
+  for pattern, axes in _INPUT_AXES:
+    if re.fullmatch(pattern, name):
+      inputs = math.prod(x.shape[:axes])
+      return x.reshape(inputs, -1).T
+  if name.endswith('recurrent/conv'):
+    return hf_names.CONV.store(x)
+  return x
+
+
+def stored_again(name: str, matrix: Any, shape: Sequence[int]) -> Any:
+  """`outputs_first` inverted, from a matrix to the leaf's shape."""
+  for pattern, _ in _INPUT_AXES:
+    if re.fullmatch(pattern, name):
+      return matrix.T.reshape(shape)
+  if name.endswith('recurrent/conv'):
+    return matrix.T.reshape(shape)
+  return matrix.reshape(shape)
+
+
+def as_matrix(name: str, x: Any, turned: bool) -> Any:
+  """[rows, columns] of a leaf; with `turned`, outputs first."""
+  x = outputs_first(name, x) if turned else x
+  return x.reshape(blocks.matrix(x.shape))
+
+
+def matrices(
+  models: Sequence[Opened], name: str, turned: bool, scratch: epath.PathLike
+) -> list[np.ndarray]:
+  """The leaf of every model, in its stored dtype; large ones in a file."""
+  allocate = functools.partial(empty, scratch=scratch)
+  return [
+    as_matrix(name, spooled(model.view(name, allocate), scratch), turned)
+    for model in models
+  ]
+
+
+def spooled(x: np.ndarray, scratch: epath.PathLike) -> np.ndarray:
+  """`x`, if it takes no memory or little, or else a copy in a file.
+
+  The file has no name: nothing is left of it, however the process ends.
+  """
+  if x.nbytes <= HELD_BYTES or on_file(x):
+    return x
+  out = empty(x.shape, x.dtype, scratch)
+  np.copyto(out, x)
+  return out
+
+
+def empty(
+  shape: Sequence[int], dtype: Any, scratch: epath.PathLike
+) -> np.ndarray:
+  """An array to be filled; a large one takes disk, not memory."""
+  if math.prod(shape) * np.dtype(dtype).itemsize <= HELD_BYTES:
+    return np.empty(shape, dtype)
+  with tempfile.TemporaryFile(dir=scratch) as file:
+    out = np.memmap(file, np.dtype(np.uint8), 'w+', shape=_bytes(shape, dtype))
+  return out.view(np.ndarray).view(dtype).reshape(shape)
+
+
+def _bytes(shape: Sequence[int], dtype: Any) -> tuple[int]:
+  return (math.prod(shape) * np.dtype(dtype).itemsize,)
+
+
+def on_file(x: np.ndarray) -> bool:
+  """Whether an array is a window on a file."""
+  owner: Any = x
+  while owner is not None:
+    if isinstance(owner, np.memmap | mmap.mmap):
+      return True
+    owner = getattr(owner, 'base', None)
+  return False
+
+
+def digest(model: Opened, role: str) -> str | None:
+  """One name for the weights of one of our directories; None for others."""
+  if model.format != 'alignjax' or model.weights:
+    return None
+  return model_dir.digest(model_dir.read(model.path), role)
+
+
+def check_bases(base: Opened, models: Sequence[Opened], role: str) -> None:
+  """Models that say what they were trained from must say: from this base."""
+  expected = digest(base, role)
+  if expected is None:
+    return
+  for model in models:
+    init: Mapping[str, Any] | None = model.provenance.get('init')
+    found = init.get('checksum') if isinstance(init, dict) else None
+    if found is not None and found != expected:
+      raise UserError(
+        f'merge of models with different bases: {model.path} was trained from'
+        f' weights with digest {str(found)[:12]}, the base {base.path} has'
+        f' {expected[:12]} (--allow-different-bases merges them all the same)'
+      )
+
+
+def _opened(path: epath.PathLike, role: str) -> Opened:
+  where = absolute(path)
+  ours = (where / 'model.json').exists()
+  if ours and model_dir.read(where).view == 'conditioned':
+    raise UserError(
+      f'merge of a conditioned model: {path}; write a plain one first, '
+      'aj.save(aj.load(PATH, weights=...), OUT)'
+    )
+  return open_model(path, role=role, head=None)
+
+
+def _check_configs(first: Opened, other: Opened) -> None:
+  if first.head != other.head:
+    raise UserError(
+      f'merge of different kinds of models: head is {first.head!r} in'
+      f' {first.path} and {other.head!r} in {other.path}'
+    )
+  ours, theirs = (dataclasses.asdict(m.config) for m in (first, other))
+  wrong = [
+    f'{field} is {ours[field]!r} in {first.path} and {theirs[field]!r} in'
+    f' {other.path}'
+    for field in ours
+    if field not in _FREE and ours[field] != theirs[field]
+  ]
+  if wrong:
+    raise UserError(
+      f'merge of models of different architectures: {"; ".join(wrong)}'
+    )
+
+
+def _check_tokenizers(models: Sequence[Opened]) -> None:
+  """Those that have one must have the same."""
+  known = [model for model in models if model.tokenizer is not None]
+  for model in known[1:]:
+    first = known[0]
+    assert first.tokenizer is not None and model.tokenizer is not None
+    if first.tokenizer.read_bytes() != model.tokenizer.read_bytes():
+      raise UserError(
+        'merge of models with different tokenizers:'
+        f' {model_dir.TOKENIZER} of {first.path} and of {model.path} are not'
+        ' the same bytes'
+      )
