@@ -22,6 +22,7 @@ from etils import epath
 
 from alignjax.core.types import UserError
 from alignjax.interop import convert
+from alignjax.interop.open import absolute
 from alignjax.interop.opened import Opened
 from alignjax.merge import arrays, blocks, inputs, method, rules
 from alignjax.merge.method import Method
@@ -378,8 +379,10 @@ def _check_apart(path: str, models: Sequence[Opened]) -> None:
   result = os.path.realpath(path)
   for model in models:
     given = os.path.realpath(model.path)
-    if '://' not in path and os.path.commonpath([result, given]) == given:
-      raise UserError(f'{path} lies inside an input, {model.path}')
+    if '://' in path or os.path.commonpath([result, given]) != given:
+      continue
+    where = 'is an input' if result == given else 'lies inside an input'
+    raise UserError(f'{path} {where}: {model.path}')
 
 
 def _outputs(
@@ -393,7 +396,7 @@ def _outputs(
     if name != 'weights' and isinstance(value, list | tuple)
   ]
   if not lists:
-    return {str(out): numbers}
+    return {str(absolute(out)): numbers}
   if len(lists) > 1:
     raise UserError(f'only one number may be a list, not {" and ".join(lists)}')
   (name,) = lists
@@ -404,7 +407,7 @@ def _outputs(
     if not isinstance(value, int | float) or not math.isfinite(value):
       raise UserError(f'{name} must be a list of numbers, found {value!r}')
     folder = f'{name.removesuffix("_rate")}_{_label(value)}'
-    path = str(epath.Path(out) / folder)
+    path = str(absolute(out) / folder)
     if path in outputs:
       raise UserError(f'{name} has the value {value} twice')
     outputs[path] = {**numbers, name: value}

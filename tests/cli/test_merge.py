@@ -1,26 +1,40 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from alignjax.cli import merge
+from alignjax.core import tree
 from alignjax.core.types import UserError
+from alignjax.models import decoder
+from alignjax.models.config import to_json
+from alignjax.models.gemma import gemma
 from alignjax.system import model_dir
+
+CONFIG = gemma(
+  family='gemma2',
+  vocab_size=10,
+  width=4,
+  hidden=6,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=2,
+)
 
 
 @pytest.fixture(autouse=True)
 def models(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for seed, name in enumerate(['base', 'a', 'b']):
-    draw = np.random.default_rng(seed).normal
-    leaves = {
-      f'layer_{i}/attn/q': draw(size=(3, 2)).astype(np.float32)
-      for i in range(11)
-    }
+    weights = jax.tree.map(
+      np.asarray, tree.unstack(decoder.init(CONFIG, jax.random.key(seed)))
+    )
     model_dir.write(
       name,
-      config={'width': 3},
-      params={'policy': leaves.items()},
+      config=to_json(CONFIG),
+      params={'policy': weights},
       provenance={'by': name},
     )
 
@@ -29,7 +43,7 @@ SLERP = ['slerp', '--base', 'base', '--models', 'a', 'b']
 
 
 def test_one_value_gives_one_result(tmp_path, capsys):
-  where = '.*/attn/q:t=0.0'
+  where = '.*:t=0.0'
   argv = [*SLERP, '--out', 'o', '--t', '.5', '--where', where]
   assert merge.main(argv) == 0
   a, o = model_dir.read('a'), model_dir.read('o')
@@ -87,11 +101,14 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
   ('argv', 'message'),
   [
     ([], 'METHOD is missing'),
-    (['slerp'], '--base is missing'),
+    (['slerp'], '--models is missing'),
+    ([*SLERP[:1], *SLERP[3:], '--out', 'o'], 'slerp needs --base'),
     ([*SLERP], '--out is missing'),
-    ([*SLERP, '--out', 'a'], 'a exists already'),
-    ([*SLERP, 'c', '--out', 'o'], 'no model directory at .*/c'),
-    ([*SLERP, '.', '--out', 'o'], 'is not a model directory'),
+    ([*SLERP, '--out', 'a'], 'a is an input'),
+    ([*SLERP, '--out', 'full'], 'full exists already'),
+    ([*SLERP, 'c', '--out', 'o'], 'no model at .*/c'),
+    ([*SLERP, '.', '--out', 'o'], 'no model at .*looked for model.json'),
+    ([*SLERP, '--out', 'base/o'], 'base/o lies inside an input'),
     (['slrp', *SLERP[1:], '--out', 'o'], "did you mean 'slerp'"),
     ([*SLERP, '--out', 'o', '--t', '7'], 't must be a number from 0 to 1'),
     ([*SLERP, '--out', 'o', '--liti_rate', '.5'], "no number 'liti_rate'"),
@@ -106,6 +123,8 @@ def test_bad_input_is_named(tmp_path, argv, message):
   (tmp_path / 'text.json').write_text(
     '{"method": "liti", "base": "base", "models": "a", "out": "o"}'
   )
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'x').touch()
   before = sorted(tmp_path.iterdir())
   with pytest.raises(UserError, match=message):
     merge.main(argv)

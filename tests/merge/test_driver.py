@@ -16,7 +16,7 @@ from alignjax.system import model_dir
 
 CONFIG = gemma(
   family='gemma2',
-  vocab_size=400,
+  vocab_size=500,
   width=4,
   hidden=6,
   layers=2,
@@ -254,7 +254,7 @@ def test_different_models_are_refused(three, tmp_path):
   paths, _ = three
   for changes, message in (
     ({'hidden': 8}, 'architectures: hidden is 6 in .*/base and 8 in'),
-    ({'vocab_size': 410}, r'shapes: embedding is \[400, 4\] .*--pad'),
+    ({'vocab_size': 510}, r'shapes: embedding is \[500, 4\] .*--pad'),
   ):
     other = dataclasses.replace(CONFIG, **changes)
     write(paths[2], params(2, other), config=other, overwrite=True)
@@ -269,7 +269,7 @@ def test_different_models_are_refused(three, tmp_path):
   assert {x.dtype for x in leaves} == {np.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize('rows', [390, 410])
+@pytest.mark.parametrize('rows', [490, 510])
 def test_tables_of_different_rows(three, tmp_path, rows):
   paths, (base, a, b) = three
   other = dataclasses.replace(CONFIG, vocab_size=rows)
@@ -277,9 +277,9 @@ def test_tables_of_different_rows(three, tmp_path, rows):
   b = params(2, other)
   (result,) = merged('linear', paths, tmp_path / 'out', t=0.25, pad=True)
   found = model_dir.load(result)['embedding']
-  both = min(rows, 400)
+  both = min(rows, 500)
   expected = 0.75 * a['embedding'][:both] + 0.25 * b['embedding'][:both]
-  assert found.shape == (400, 4)
+  assert found.shape == (500, 4)
   np.testing.assert_allclose(found[:both], expected, atol=1e-6)
   rest = 0.75 * a['embedding'][both:] + 0.25 * base['embedding'][both:]
   np.testing.assert_allclose(found[both:], rest, atol=1e-6)
