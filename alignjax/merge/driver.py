@@ -197,6 +197,7 @@ def run(what: Plan, step: Step = lambda text: None) -> list[epath.Path]:
 
   `step` is called after each leaf of each pass.
   """
+  blocks.keep_freed_memory()
   with contextlib.ExitStack() as stack:
     pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
     scratch = _scratch(what.outputs[0].path)

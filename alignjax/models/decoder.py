@@ -7,6 +7,7 @@ and `stacked` convert. Everything is a pure function of (config, params).
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -111,13 +112,17 @@ def shapes(config: Config) -> dict[str, Any]:
   """Shapes and dtypes of the canonical tree; allocates nothing."""
   # One cycle of the pattern is traced; deeper layers repeat it.
   period = min(config.layers, len(config.pattern))
-  cycle = dataclasses.replace(config, layers=period)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  found = jax.eval_shape(lambda key: _init(cycle, key), key)
+  found = _traced(dataclasses.replace(config, layers=period))
   out = {k: v for k, v in found.items() if not k.startswith('layer_')}
   for i in range(config.layers):
     out[f'layer_{i}'] = found[f'layer_{i % period}']
   return out
+
+
+@functools.cache
+def _traced(config: Config) -> dict[str, Any]:
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(lambda key: _init(config, key), key)
 
 
 def _init(config: Config, key) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
@@ -63,6 +62,9 @@ def save(
   One that exceeds `large_bytes` is not copied. Raises OSError or ValueError
   for what the file system refuses, and may leave some of it.
   """
+  # Here, as it takes long and whoever only reads has no use for it.
+  import orbax.checkpoint as ocp
+
   me = jax.process_index()
   handler = ocp.PyTreeCheckpointHandler(
     use_ocdbt=False,
