@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add('method', nargs='?', metavar='METHOD', help='see below')
   add('--config', metavar='F', help='the fields below from a file')
+  add('--rebuild', metavar='M', help='merge again what M was merged from')
   add('--workdir', metavar='W', help='--out is inside it, "model" by default')
   add('--base', metavar='P', help='init of the task vectors')
   add('--models', nargs='+', metavar='A', help='what is merged')
@@ -174,6 +175,10 @@ def _settings(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
   for name, value in flags.items():
     if name not in _FIELDS and name != 'weights' and len(value) == 1:
       flags[name] = value[0]  # one result, at OUT itself
+  if (merged := flags.pop('rebuild', None)) is not None:
+    from alignjax.merge import planning
+
+    given |= planning.recorded(merged)
   everything = {**_FIELDS, **given, **flags}
   settings = {name: everything.pop(name) for name in _FIELDS}
   if workdir is not None:
@@ -219,12 +224,12 @@ def main(argv: Sequence[str]) -> int:
   settings, numbers = _settings(argv)
   _check(settings)
 
-  from alignjax.merge import driver
+  from alignjax.merge import driver, planning
   from alignjax.system import metrics
 
   dry_run = settings.pop('dry_run')
   name = settings.pop('method')
-  what = driver.plan(name, **settings, **numbers)
+  what = planning.plan(name, **settings, **numbers)
   print(_said(name, what))
   for output in what.outputs:
     for note in output.notes:

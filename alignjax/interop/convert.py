@@ -26,6 +26,8 @@ from alignjax.models.config import Config, to_json
 from alignjax.system import model_dir
 
 FORMATS = ('alignjax', 'hf', 'deepmind')
+# What a directory without a place for provenance says of it all the same.
+_RECORDED = ('merge', 'alignjax')
 DTYPES = ('keep', 'bfloat16', 'float32')
 # Rows of the embedding: what Gemma 1 and 2 have in DeepMind's trees, and what
 # Gemma 3 has where transformers adds image tokens, as (padded, text).
@@ -262,7 +264,7 @@ def writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
       what.config,
       {**what.leaves, **what.extra},
       source=source,
-      record={k: v for k, v in provenance.items() if k != 'source'},
+      record={k: provenance[k] for k in _RECORDED if k in provenance},
       **common,
     ) as put:
       yield put

@@ -88,11 +88,17 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
   leaves, extra = _matched(path, facts['model_type'], config, prefix, found)
   head = next((name for name in hf_names.HEADS if name in found), None)
   stored = leaves['embedding'].tensor
-  if head and not safetensors.same(found[head], stored):
-    raise UserError(
-      f'{found[head].file}: {head} differs from {stored.name}; a model whose'
-      ' head is not its embedding is not supported'
-    )
+  _check_head(found, head, stored)
+  source = {
+    'format': 'hf',
+    'path': str(path),
+    'config': facts,
+    'prefix': prefix,
+    'lm_head': head,
+    'dtype': stored.dtype.name,
+    'rows': stored.shape[0],
+    'extra': len(extra),
+  }
   tokenizer = path / TOKENIZER
   return Opened(
     path=path,
@@ -107,19 +113,7 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
     origin={name: (leaf.tensor.name,) for name, leaf in leaves.items()},
     tokenizer=tokenizer if tokenizer.exists() else None,
     files=tuple(path / name for name in FILES if (path / name).exists()),
-    provenance=_record(path)
-    | {
-      'source': {
-        'format': 'hf',
-        'path': str(path),
-        'config': facts,
-        'prefix': prefix,
-        'lm_head': head,
-        'dtype': stored.dtype.name,
-        'rows': stored.shape[0],
-        'extra': len(extra),
-      }
-    },
+    provenance=_record(path) | {'source': source},
     extra={
       name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in extra.items()
     },
@@ -198,6 +192,16 @@ def writer(
 def _absolute(path: epath.PathLike) -> epath.Path:
   text = os.fspath(path)
   return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
+def _check_head(
+  found: Mapping[str, Tensor], head: str | None, table: Tensor
+) -> None:
+  if head and not safetensors.same(found[head], table):
+    raise UserError(
+      f'{found[head].file}: {head} differs from {table.name}; a model whose'
+      ' head is not its embedding is not supported'
+    )
 
 
 def _record(path: epath.Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from alignjax.core import tree
 from alignjax.core.types import UserError
 from alignjax.data import tokenizer as tokenizers
-from alignjax.merge import driver, merge
+from alignjax.merge import driver, merge, planning
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
@@ -57,7 +57,7 @@ def three(tmp_path):
 
 def merged(method, paths, out, **more):
   base, *models = paths
-  what = driver.plan(method, base=base, models=models, out=out, **more)
+  what = planning.plan(method, base=base, models=models, out=out, **more)
   return [model_dir.read(path) for path in driver.run(what)]
 
 
@@ -360,3 +360,30 @@ def test_opposite_task_vectors_name_the_layer(three, tmp_path):
 def test_bad_arguments_are_refused(three, tmp_path, numbers, message):
   with pytest.raises(UserError, match=message):
     merged('slerp', three[0], tmp_path / 'out', **numbers)
+
+
+def test_a_merge_can_be_made_again(three, tmp_path):
+  paths, (_, a, _) = three
+  where = ['layer_0/.*:t=[0.1,0.9]']
+  (first,) = merged('slerp', paths, tmp_path / 'out', t=0.3, where=where)
+  said = planning.recorded(first.path)
+  what = planning.plan(said.pop('method'), out=tmp_path / 'again', **said)
+  (again,) = map(model_dir.read, driver.run(what))
+  assert model_dir.digest(again) == model_dir.digest(first)
+  assert again.provenance == first.provenance
+  with pytest.raises(UserError, match='does not say that it was merged'):
+    planning.recorded(paths[0])
+  write(paths[2], a, overwrite=True)
+  with pytest.raises(UserError, match='b has other weights'):
+    planning.recorded(first.path)
+
+
+def test_values_spread_over_the_depth(three, tmp_path):
+  paths, (_, a, b) = three
+  where = ['.*:t=[0,1]']
+  (result,) = merged('slerp', paths, tmp_path / 'out', where=where)
+  found = model_dir.load(result)
+  identical({'x': found['layer_0']}, {'x': a['layer_0']})
+  identical({'x': found['layer_1']}, {'x': b['layer_1']})
+  identical({'x': found['embedding']}, {'x': a['embedding']})
+  identical({'x': found['final_norm']}, {'x': b['final_norm']})

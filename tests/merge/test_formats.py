@@ -7,7 +7,7 @@ import pytest
 from alignjax.core import tree
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
-from alignjax.merge import blocks, driver, inputs, merge
+from alignjax.merge import blocks, driver, inputs, merge, planning
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
@@ -66,7 +66,7 @@ def test_formats_mix(models, tmp_path, monkeypatch, format, method, numbers):
   given = [
     paths[to, seed] for seed, to in enumerate((format, 'hf', 'deepmind'))
   ]
-  what = driver.plan(
+  what = planning.plan(
     method, base=given[0], models=given[1:], out=tmp_path / 'out', **numbers
   )
   assert what.outputs[0].to == format
@@ -88,7 +88,7 @@ def test_formats_mix(models, tmp_path, monkeypatch, format, method, numbers):
 def test_the_result_has_the_format_that_is_asked_for(models, tmp_path, to):
   paths, trees = models
   base, model = paths['hf', 0], paths['hf', 1]
-  what = driver.plan(
+  what = planning.plan(
     'liti',
     base=base,
     models=[model],
@@ -119,12 +119,12 @@ def test_large_leaves_lie_in_files(models, tmp_path, monkeypatch):
   monkeypatch.setattr(inputs, 'empty', spied)
   base, *others = (paths['alignjax', seed] for seed in range(3))
   out = tmp_path / 'out'
-  driver.run(driver.plan('linear', base=base, models=others, out=out))
+  driver.run(planning.plan('linear', base=base, models=others, out=out))
   assert in_files.count(True) > 10
   assert [path.name for path in tmp_path.iterdir()] == ['out']
   plain = tmp_path / 'plain'
   monkeypatch.undo()
-  driver.run(driver.plan('linear', base=base, models=others, out=plain))
+  driver.run(planning.plan('linear', base=base, models=others, out=plain))
   digests = {model_dir.digest(model_dir.read(path)) for path in (out, plain)}
   assert len(digests) == 1
 

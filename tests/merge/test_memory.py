@@ -108,3 +108,34 @@ def test_stacked_layers_are_refused():
   stacked = tree.stack(model(0), 1)
   with pytest.raises(UserError, match='canonical'):
     merge('lerp', base=stacked, models=[stacked, stacked])
+
+
+@pytest.mark.parametrize('jitted', [False, True])
+@pytest.mark.parametrize(
+  ('method', 'numbers'),
+  [('slerp', {'t': 0.3}), ('linear', {'weights': [1.0, 3.0]})],
+)
+def test_sharded_is_streamed(method, numbers, jitted):
+  def wide(seed):
+    draw = np.random.default_rng(seed).normal
+    shapes = {'embedding': (64, 8), 'layer_0/attn/q': (8, 4, 2)}
+    return tree.nested(
+      {name: draw(size=s).astype('f4') for name, s in shapes.items()}
+    )
+
+  base, *models = map(wide, range(3))
+  expected = merge(method, base=base, models=models, **numbers)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ('fsdp',))
+  sharding = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec('fsdp')
+  )
+  base, *models = jax.device_put([base, *models], sharding)
+
+  def merged(base, models):
+    return merge(method, base=base, models=models, **numbers)
+
+  found = (jax.jit(merged) if jitted else merged)(base, models)
+  for name, x in tree.named(found).items():
+    assert len(x.sharding.device_set) == 4
+    y = tree.named(expected)[name]
+    np.testing.assert_allclose(x, y, atol=1e-6 * np.abs(y).max())

@@ -1,0 +1,288 @@
+"""Checks a merge and says what it will take, before any weight is read.
+
+Names, shapes, bases, tokenizers, numbers, rules and outputs are all looked at
+here: the driver does what a `Plan` says and refuses nothing but weights.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from alignjax.core.types import UserError
+from alignjax.interop import convert
+from alignjax.interop.open import absolute
+from alignjax.interop.opened import Opened
+from alignjax.merge import blocks, inputs, method, rules
+from alignjax.merge.method import Method
+from alignjax.system import leaf_files, model_dir
+
+
+class Plan(NamedTuple):
+  """A checked merge: nothing in it can be refused any more but weights.
+
+  Attributes:
+    method: how.
+    base: what gives config, tokenizer and files, and the task vectors' origin.
+    models: what is merged.
+    role: which params of theirs.
+    group: layer, tensor or all.
+    rules: numbers of some leaves.
+    numbers: of each output.
+    outputs: how each is written.
+    turned: leaves are taken with their outputs first.
+    options: dtype, pad and extrapolate as they were given.
+  """
+
+  method: Method
+  base: Opened
+  models: tuple[Opened, ...]
+  role: str
+  group: str
+  rules: tuple[rules.Rule, ...]
+  numbers: tuple[dict[str, Any], ...]
+  outputs: tuple[convert.Plan, ...]
+  turned: bool
+  options: dict[str, Any]
+
+  @property
+  def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+    return self.base.leaves
+
+  @property
+  def read(self) -> tuple[Opened, ...]:
+    """The inputs whose weights are read; the first stands for the base."""
+    if self.method.uses_base:
+      return self.base, *self.models
+    return self.models
+
+  @property
+  def passes(self) -> int:
+    """How often the inputs are read, leaf by leaf."""
+    return 2 if self.method.grouped else 1
+
+  @property
+  def peak_bytes(self) -> int:
+    """Upper estimate of what the arrays of the merge occupy at once."""
+    sizes = [convert.size(spec) for spec in self.leaves.values()]
+    largest = max(sizes)
+    held = min(largest, inputs.HELD_BYTES)
+    window = blocks.ITEMS * 4 * blocks.WAITING
+    total = window * (3 * len(self.read) + 4 * len(self.outputs))
+    for model in self.read:
+      if model.format == 'alignjax':
+        total += held
+      elif model.format == 'deepmind':
+        total += largest
+    if any(model.format == 'alignjax' for model in self.read):
+      # A leaf of one chunk is decoded whole, before it is put where it stays.
+      total += min(largest, model_dir.PART_BYTES) + leaf_files.PASSING_BYTES
+    for output in self.outputs:
+      total += 2 * held  # one is filled while the one before is written
+      if output.to != 'hf':
+        between, writing = model_dir.writer_bytes(
+          map(convert.size, (*output.leaves.values(), *output.extra.values()))
+        )
+        total += between + writing
+      if output.to != self.base.format:
+        total += largest  # turned around
+    return total
+
+  @property
+  def read_bytes(self) -> int:
+    """What is read from all inputs, in all passes."""
+    return self.passes * sum(
+      convert.size(spec) for m in self.read for spec in m.leaves.values()
+    )
+
+
+def plan(
+  name: str,
+  *,
+  base: epath.PathLike | None,
+  models: Sequence[epath.PathLike],
+  out: epath.PathLike,
+  role: str = 'policy',
+  group: str = 'layer',
+  where: Sequence[str] = (),
+  format: str | None = None,  # noqa: A002
+  overwrite: bool = False,
+  allow_different_bases: bool = False,
+  dtype: str = 'keep',
+  pad: bool = False,
+  extrapolate: bool = False,
+  **numbers: Any,
+) -> Plan:
+  """The merge by the method `name`. Raises UserError.
+
+  Args:
+    name: of the method.
+    base: gives dtypes, config, tokenizer and files, and is where task vectors
+      begin; the first model for methods without those.
+    models: model directories of any format.
+    out: the result's; for a list of values of one number the folder of the
+      results, `t_0.50` or `liti_0.30`.
+    role: which params to merge; beside it the result has `extra` of the base.
+    group: layer, tensor or all.
+    where: rules 'REGEX:name=value[,name=value]'; see `rules`.
+    format: of the results: alignjax, hf or deepmind; the base's by default.
+    overwrite: replace existing results.
+    allow_different_bases: `base` need not be the init that models record.
+    dtype: keep (the base's), bfloat16 or float32.
+    pad: tables with other rows than the base's are cut, or filled from it.
+    extrapolate: numbers that interpolate may lie beyond their ends.
+    **numbers: of the method; one of them may be a list of several.
+  """
+  options = {'dtype': dtype, 'pad': pad, 'extrapolate': extrapolate}
+  how = method.method(name)
+  method.group_of('', group)  # refuses an unknown group
+  if base is None and how.uses_base:
+    raise UserError(f'{name} needs --base, from which the task vectors are')
+  wanted = _outputs(out, numbers)
+  every = tuple(wanted.values())
+  given = rules.parsed(where, how, every, len(models), extrapolate)
+  paths = (models[0] if base is None else base, *models)
+  first, *others = _inputs(paths, role, options, allow_different_bases)
+  rules.check(given, first.leaves)
+  return Plan(
+    method=how,
+    base=first,
+    models=tuple(others),
+    role=role,
+    group=group,
+    rules=given,
+    numbers=every,
+    outputs=_written(
+      wanted, (first, *others), role, format, dtype=dtype, overwrite=overwrite
+    ),
+    turned=how.by_rows or first.format == 'hf',
+    options=options,
+  )
+
+
+def _inputs(
+  paths: Sequence[epath.PathLike],
+  role: str,
+  options: Mapping[str, Any],
+  allow_different_bases: bool,
+) -> list[Opened]:
+  """Base and models, once they fit each other."""
+  first, *others = inputs.opened(paths, role, pad=options['pad'])
+  wrong = inputs.mixed_dtypes((first, *others))
+  if wrong and options['dtype'] == 'keep':
+    more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
+    raise UserError(
+      f'merge of models of different dtypes: {"; ".join(wrong[:5])}{more};'
+      ' say with --dtype which the result has'
+    )
+  if not allow_different_bases:
+    inputs.check_bases(first, others, role)
+  return [first, *others]
+
+
+def _written(
+  wanted: Mapping[str, Any],
+  models: Sequence[Opened],
+  role: str,
+  to: str | None,
+  **options: Any,
+) -> tuple[convert.Plan, ...]:
+  """How each result is written."""
+  for path in wanted:
+    _check_apart(path, models)
+  base = _told(models[0], role)
+  return tuple(
+    convert.plan(base, path, to=to or base.format, role=role, **options)
+    for path in wanted
+  )
+
+
+def recorded(path: epath.PathLike) -> dict[str, Any]:
+  """Arguments of `plan` that give a merged model again, but for `out`.
+
+  Raises UserError where the model does not say how it was merged, or a model
+  of ours that it came from holds other weights now.
+  """
+  model = inputs.opened([path], 'policy')[0]
+  said = model.provenance.get('merge')
+  if not isinstance(said, dict):
+    raise UserError(f'{path} does not say that it was merged, so not from what')
+  for source in (said['base'], *said['models']):
+    expected = source.get('digest')
+    if expected is None:
+      continue
+    found = inputs.digest(
+      inputs.opened([source['path']], said['role'])[0], said['role']
+    )
+    if found != expected:
+      raise UserError(
+        f'{source["path"]} has other weights (digest {str(found)[:12]}) than'
+        f' those that were merged ({expected[:12]})'
+      )
+  kept = ('group', 'where', 'role', 'dtype', 'pad', 'extrapolate')
+  return {
+    'method': said['method'],
+    'base': said['base']['path'],
+    'models': [source['path'] for source in said['models']],
+    'format': model.format,
+    **{name: said[name] for name in kept},
+    **said['numbers'],
+  }
+
+
+def _told(base: Opened, role: str) -> Opened:
+  """The base as what is written: of its past only what writes files back."""
+  source = base.provenance.get('source')
+  extra = {} if role == 'extra' else base.extra
+  return base._replace(
+    provenance={} if source is None else {'source': source}, extra=extra
+  )
+
+
+def _check_apart(path: str, models: Sequence[Opened]) -> None:
+  """Raises UserError if a result would lie inside an input, or over it."""
+  result = os.path.realpath(path)
+  for model in models:
+    given = os.path.realpath(model.path)
+    if '://' in path or os.path.commonpath([result, given]) != given:
+      continue
+    where = 'is an input' if result == given else 'lies inside an input'
+    raise UserError(f'{path} {where}: {model.path}')
+
+
+def _outputs(
+  out: epath.PathLike, numbers: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Path of each result -> its numbers."""
+  numbers = {k: v for k, v in numbers.items() if v is not None}
+  lists = [
+    name
+    for name, value in numbers.items()
+    if name != 'weights' and isinstance(value, list | tuple)
+  ]
+  if not lists:
+    return {str(absolute(out)): numbers}
+  if len(lists) > 1:
+    raise UserError(f'only one number may be a list, not {" and ".join(lists)}')
+  (name,) = lists
+  if not numbers[name]:
+    raise UserError(f'{name} is an empty list')
+  outputs: dict[str, dict[str, Any]] = {}
+  for value in numbers[name]:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+      raise UserError(f'{name} must be a list of numbers, found {value!r}')
+    folder = f'{name.removesuffix("_rate")}_{_label(value)}'
+    path = str(absolute(out) / folder)
+    if path in outputs:
+      raise UserError(f'{name} has the value {value} twice')
+    outputs[path] = {**numbers, name: value}
+  return outputs
+
+
+def _label(value: float) -> str:
+  """Two decimals, or as many as it takes."""
+  short = f'{value:.2f}'
+  return short if float(short) == value else repr(value)
