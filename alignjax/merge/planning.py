@@ -123,27 +123,25 @@ def plan(
     base: gives dtypes, config, tokenizer and files, and is where task vectors
       begin; the first model for methods without those.
     models: model directories of any format.
-    out: the result's; for a list of values of one number the folder of the
-      results, `t_0.50` or `liti_0.30`.
+    out: the result's; for a list of numbers the folder of `t_0.50`, `t_0.70`.
     role: which params to merge; beside it the result has `extra` of the base.
     group: layer, tensor or all.
     where: rules 'REGEX:name=value[,name=value]'; see `rules`.
     format: of the results: alignjax, hf or deepmind; the base's by default.
     overwrite: replace existing results.
-    allow_different_bases: `base` need not be the init that models record.
-    dtype: keep (the base's), bfloat16 or float32.
+    allow_different_bases: `base` need not be what the models began from.
+    dtype: keep, which is the base's, bfloat16 or float32.
     pad: tables with other rows than the base's are cut, or filled from it.
     extrapolate: numbers that interpolate may lie beyond their ends.
     **numbers: of the method; one of them may be a list of several.
   """
   options = {'dtype': dtype, 'pad': pad, 'extrapolate': extrapolate}
-  how = method.method(name)
-  method.group_of('', group)  # refuses an unknown group
+  how, _ = method.method(name), method.group_of('', group)
   if base is None and how.uses_base:
     raise UserError(f'{name} needs --base, from which the task vectors are')
-  wanted = _outputs(out, numbers)
-  every = tuple(wanted.values())
-  given = rules.parsed(where, how, every, len(models), extrapolate)
+  wanted = _outputs(out, numbers)  # path of a result -> its numbers
+  numbers_of = tuple(wanted.values())
+  given = rules.parsed(where, how, numbers_of, len(models), extrapolate)
   paths = (models[0] if base is None else base, *models)
   first, *others = _inputs(paths, role, options, allow_different_bases)
   rules.check(given, first.leaves)
@@ -154,7 +152,7 @@ def plan(
     role=role,
     group=group,
     rules=given,
-    numbers=every,
+    numbers=numbers_of,
     outputs=_written(
       wanted, (first, *others), role, format, dtype=dtype, overwrite=overwrite
     ),
