@@ -1,16 +1,21 @@
-"""A weighted mean of models: LERP and model soups (WARM, arXiv 2401.12187).
-
-`weighted_sum` is what the other methods end in: they find the weights.
-"""
+"""A weighted mean of models: LERP and model soups (WARM, arXiv 2401.12187)."""
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.core.types import UserError
+from alignjax.merge.combination import weighted_sum
+from alignjax.merge.method import RATE, merging
 
 
+@merging(
+  'weighted mean of the models; for two, t is the share of the second',
+  numbers={'t': RATE},
+  weighted=True,
+  uses_base=False,
+)
 def linear(
   base: Float[Array, '...'],
   leaves: Sequence[Float[Array, '...']],
@@ -23,39 +28,21 @@ def linear(
   Args:
     base: not used.
     leaves: the models.
-    weights: one per model, not all 0; uniform by default.
+    weights: one per model; uniform by default.
     t: for two models, short for the weights (1 - t, t).
   """
   del base
-  if not leaves:
-    raise UserError('linear takes one model or more')
   if t is not None and weights is not None:
     raise UserError('linear takes t or weights, not both')
-  if t is not None:
-    if len(leaves) != 2:
-      raise UserError(f'linear takes t for two models only, not {len(leaves)}')
-    return weighted_sum(leaves, jnp.stack([1 - jnp.float32(t), jnp.float32(t)]))
-  if weights is None:
-    weights = [1.0] * len(leaves)
-  if len(weights) != len(leaves):
-    raise UserError(
-      f'linear takes a weight per model: {len(weights)} weights for'
-      f' {len(leaves)} models'
-    )
-  shares = jnp.stack([jnp.float32(weight) for weight in weights])
-  return weighted_sum(leaves, shares / jnp.sum(shares))
+  if t is None:
+    return weighted_sum(leaves, normalised(weights, len(leaves)))
+  if len(leaves) != 2:
+    raise UserError(f'linear takes t for two models only, not {len(leaves)}')
+  return weighted_sum(leaves, [1 - np.float32(t), np.float32(t)])
 
 
-def weighted_sum(
-  arrays: Sequence[Float[Array, '...']], weights: Float[Array, 'M']
-) -> Float[Array, '...']:
-  """sum_m weights_m arrays_m; an array that has all the weight, bit for bit.
-
-  The bits (negative zeros, denormals that a compiled product would flush, and
-  non-finite values elsewhere) need a selection, not a product with 1.
-  """
-  total = sum(w * x for w, x in zip(weights, arrays))
-  alone = jnp.count_nonzero(weights) == 1
-  for w, x in zip(weights, arrays):
-    total = jnp.where(alone & (w == 1), x, total)
-  return jnp.asarray(total)
+def normalised(weights: Sequence[float] | None, models: int) -> list[float]:
+  """Weights with the sum 1; uniform where there are none."""
+  weights = [1.0] * models if weights is None else weights
+  total = sum(weights)
+  return [weight / total for weight in weights]

@@ -6,13 +6,17 @@ the SFT model for the final front, is the caller's choice of base.
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignjax.core.types import UserError
-from alignjax.merge.methods.linear import weighted_sum
+from alignjax.merge.combination import weighted_sum
+from alignjax.merge.method import RATE, merging
 
 
+@merging(
+  "from the base towards one model; liti_rate is the model's share",
+  numbers={'liti_rate': RATE},
+  models=(1, 1),
+)
 def liti(
   base: Float[Array, '...'],
   leaves: Sequence[Float[Array, '...']],
@@ -20,7 +24,4 @@ def liti(
   liti_rate: float = 0.5,
 ) -> Float[Array, '...']:
   """(1 - liti_rate) base + liti_rate leaf, exact at both ends."""
-  if len(leaves) != 1:
-    raise UserError(f'liti takes one model, not {len(leaves)}')
-  rate = jnp.float32(liti_rate)
-  return weighted_sum([base, *leaves], jnp.stack([1 - rate, rate]))
+  return weighted_sum([base, *leaves], [1 - liti_rate, liti_rate])

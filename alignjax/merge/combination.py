@@ -1,0 +1,41 @@
+"""Sums of arrays with weights: what most methods end in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from alignjax.merge import arrays
+
+
+def weighted_sum(
+  terms: Sequence[Float[Array, '...']], weights: Sequence[Any]
+) -> Float[Array, '...']:
+  """sum_m weights_m terms_m; an array that has all the weight, bit for bit.
+
+  The bits (negative zeros, and non-finite values elsewhere) need a selection,
+  not a product with 1.
+  """
+  if all(map(arrays.known, weights)):
+    return _known(terms, [np.float32(weight) for weight in weights])
+  xp = arrays.namespace(terms[0])
+  shares = xp.stack([xp.asarray(w, dtype=xp.float32) for w in weights])
+  total = sum(w * x for w, x in zip(shares, terms))
+  alone = xp.count_nonzero(shares) == 1
+  for w, x in zip(shares, terms):
+    total = xp.where(alone & (w == 1), x, total)
+  return total
+
+
+def _known(terms: Sequence[Any], weights: Sequence[np.float32]) -> Any:
+  used = [(w, x) for w, x in zip(weights, terms) if w != 0]
+  if not used:
+    return 0 * terms[0]
+  (weight, first), *others = used
+  if weight == 1 and not others:
+    return first
+  total = weight * first
+  for weight, term in others:
+    total += weight * term
+  return total

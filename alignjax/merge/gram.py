@@ -1,0 +1,52 @@
+"""Inner products of task vectors, of which many methods are functions.
+
+A merge that lies in the span of the task vectors needs, of everything that is
+large, only these M x M numbers. They add up over blocks and leaves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from alignjax.merge import arrays
+
+
+def task_gram(
+  base: Float[Array, '...'], leaves: Sequence[Float[Array, '...']], stats: Any
+) -> Float[Array, 'M M']:
+  """Inner products of leaf - base."""
+  return full_gram(base, [leaf - base for leaf in leaves], stats)
+
+
+def full_gram(
+  base: Float[Array, '...'], leaves: Sequence[Float[Array, '...']], stats: Any
+) -> Float[Array, 'M M']:
+  """Inner products of the leaves themselves."""
+  del base, stats
+  xp, models = arrays.namespace(leaves[0]), range(len(leaves))
+  found = {
+    (i, j): arrays.inner(leaves[i], leaves[j])
+    for i in models
+    for j in models[: i + 1]
+  }
+  rows = [[found[max(i, j), min(i, j)] for j in models] for i in models]
+  return xp.stack([xp.stack(row) for row in rows])
+
+
+def angle(aa: Any, bb: Any, ab: Any) -> Any:
+  """Radians between two vectors of these products; 0 if one of them is 0."""
+  xp = arrays.namespace(ab)
+  norms = xp.sqrt(aa) * xp.sqrt(bb)
+  cosine = xp.where(norms > 0, ab / xp.where(norms > 0, norms, 1), 1)
+  return xp.arccos(xp.clip(cosine, -1, 1))
+
+
+def angles(gram: Float[Array, 'M M']) -> list[float]:
+  """Degrees between models 0 and 1, 0 and 2, 1 and 2, ..."""
+  xp = arrays.namespace(gram)
+  return [
+    round(float(xp.degrees(angle(gram[i, i], gram[j, j], gram[i, j]))), 4)
+    for j in range(len(gram))
+    for i in range(j)
+  ]
