@@ -108,36 +108,43 @@ def _number(text: str) -> float:
 @functools.cache
 def _methods() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
   """(name, what it does, its numbers) of every method, from the sources."""
-  return tuple(
-    (
-      path.stem if node.name == path.stem else f'{path.stem}.{node.name}',
-      ast.literal_eval(call.args[0]),
-      tuple(
-        argument.arg
-        for argument in node.args.kwonlyargs
-        if argument.arg not in ('stats', 'uniform', *_prepared(node))
-      ),
+  found = []
+  for path in sorted(_METHODS.glob('[!_]*.py')):
+    tree = ast.parse(path.read_text('utf-8'))
+    for node in tree.body:
+      if not isinstance(node, ast.FunctionDef):
+        continue
+      name = node.name if node.name == path.stem else f'{path.stem}.{node.name}'
+      for call in node.decorator_list:
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == 'merging':
+          about = ast.literal_eval(call.args[0])
+          found.append((name, about, tuple(_numbers(tree, call))))
+  return tuple(found)
+
+
+def _numbers(tree: ast.Module, call: ast.Call) -> Iterator[str]:
+  """Numbers that a method declares, where several share them as well."""
+  said: dict[str, ast.expr] = {}
+  for keyword in call.keywords:
+    if keyword.arg is not None:
+      said[keyword.arg] = keyword.value
+      continue
+    shared = next(  # **NAME
+      node.value
+      for node in tree.body
+      if isinstance(node, ast.Assign | ast.AnnAssign)
+      and ast.unparse(keyword.value) in ast.unparse(node).split('=')[0]
     )
-    for path in sorted(_METHODS.glob('[!_]*.py'))
-    for node in ast.parse(path.read_text('utf-8')).body
-    if isinstance(node, ast.FunctionDef)
-    for call in _declarations(node)
-  )
-
-
-def _declarations(node: ast.FunctionDef) -> Iterator[ast.Call]:
-  for call in node.decorator_list:
-    if isinstance(call, ast.Call) and ast.unparse(call.func) == 'merging':
-      yield call
-
-
-def _prepared(node: ast.FunctionDef) -> list[str]:
-  """Numbers without a default: what `prepare` makes, not what users give."""
-  return [
-    argument.arg
-    for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults)
-    if default is None
-  ]
+    assert isinstance(shared, ast.Dict)
+    for key, value in zip(shared.keys, shared.values):
+      assert isinstance(key, ast.Constant)
+      said[str(key.value)] = value
+  if 'weighted' in said:
+    yield 'weights'
+  if isinstance(declared := said.get('numbers'), ast.Dict):
+    for key in declared.keys:
+      assert isinstance(key, ast.Constant)
+      yield str(key.value)
 
 
 def _listed() -> Iterator[str]:
@@ -221,6 +228,9 @@ def _check(settings: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str]) -> int:
   """Merges; prints the plan, then the results. Raises UserError."""
+  if {'-h', '--help'} & {*argv}:
+    _parser().print_help()  # before anything is imported
+    return console.OK
   settings, numbers = _settings(argv)
   _check(settings)
 

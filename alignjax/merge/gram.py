@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 
 from alignjax.merge import arrays
 
+_COLLINEAR = 1e-6  # sin(angle) below which SLERP is LERP
+_OPPOSITE = 1e-3  # radians from pi at which no path is defined
+
 
 def task_gram(
   base: Float[Array, '...'], leaves: Sequence[Float[Array, '...']], stats: Any
@@ -40,6 +43,22 @@ def angle(aa: Any, bb: Any, ab: Any) -> Any:
   norms = xp.sqrt(aa) * xp.sqrt(bb)
   cosine = xp.where(norms > 0, ab / xp.where(norms > 0, norms, 1), 1)
   return xp.arccos(xp.clip(cosine, -1, 1))
+
+
+def arc(aa: Any, bb: Any, ab: Any, share: Any) -> tuple[Any, Any]:
+  """Weights of two vectors on the arc between them, at `share` of the way.
+
+  From their inner products. Opposite ones have no arc: NaN.
+  """
+  xp = arrays.namespace(ab)
+  between = angle(aa, bb, ab)
+  sine = xp.sin(between)
+  flat = (sine < _COLLINEAR) | (aa == 0) | (bb == 0)
+  safe = xp.where(flat, 1, sine)
+  first = xp.where(flat, 1 - share, xp.sin((1 - share) * between) / safe)
+  second = xp.where(flat, share, xp.sin(share * between) / safe)
+  bad = between > xp.pi - _OPPOSITE
+  return xp.where(bad, xp.nan, first), xp.where(bad, xp.nan, second)
 
 
 def angles(gram: Float[Array, 'M M']) -> list[float]:

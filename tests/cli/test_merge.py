@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from alignjax.cli import merge
 from alignjax.core import tree
 from alignjax.core.types import UserError
+from alignjax.merge import method
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
@@ -129,3 +132,25 @@ def test_bad_input_is_named(tmp_path, argv, message):
   with pytest.raises(UserError, match=message):
     merge.main(argv)
   assert sorted(tmp_path.iterdir()) == before
+
+
+def test_help_lists_every_method_and_number():
+  listed = merge._methods()
+  assert len(listed) > 15
+  for name, about, numbers in listed:
+    how = method.method(name)
+    assert about == how.about
+    declared = [*(['weights'] if how.weighted else []), *how.numbers]
+    assert list(numbers) == declared, name
+
+
+def test_help_needs_no_jax():
+  code = (
+    'import sys; from alignjax.cli import merge\n'
+    'try: merge.main(["--help"])\n'
+    'except SystemExit: pass\n'
+    'assert "jax" not in sys.modules and "numpy" not in sys.modules'
+  )
+  words = [sys.executable, '-c', code]
+  said = subprocess.run(words, capture_output=True, text=True, check=True)
+  assert 'ties' in said.stdout

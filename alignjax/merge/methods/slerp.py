@@ -16,11 +16,8 @@ from jaxtyping import Array, Float
 from alignjax.core.types import UserError
 from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
-from alignjax.merge.gram import angle, angles, task_gram
+from alignjax.merge.gram import angles, arc, task_gram
 from alignjax.merge.method import RATE, Pass, merging
-
-_COLLINEAR = 1e-6  # sin(angle) below which SLERP is LERP
-_OPPOSITE = 1e-3  # radians from pi at which no path is defined
 
 
 def coefficients(
@@ -37,7 +34,7 @@ def coefficients(
   # The merge so far is sum_m weights_m delta_m.
   weights = xp.eye(1, models, dtype=gram.dtype)[0]
   for m in range(1, models):
-    first, second = _arc(
+    first, second = arc(
       weights @ gram @ weights,
       gram[m, m],
       weights @ gram[:, m],
@@ -86,16 +83,3 @@ def slerp(
   """
   del t  # is in the coefficients
   return weighted_sum([base, *leaves], [1 - sum(stats), *stats])
-
-
-def _arc(aa: Any, bb: Any, ab: Any, share: Any) -> tuple[Any, Any]:
-  """Weights of two vectors, from their inner products."""
-  xp = arrays.namespace(ab)
-  between = angle(aa, bb, ab)
-  sine = xp.sin(between)
-  flat = (sine < _COLLINEAR) | (aa == 0) | (bb == 0)
-  safe = xp.where(flat, 1, sine)
-  first = xp.where(flat, 1 - share, xp.sin((1 - share) * between) / safe)
-  second = xp.where(flat, share, xp.sin(share * between) / safe)
-  bad = between > xp.pi - _OPPOSITE
-  return xp.where(bad, xp.nan, first), xp.where(bad, xp.nan, second)

@@ -1,0 +1,110 @@
+"""The Riemannian (Karcher) mean of the directions of the models themselves.
+
+The mean on the sphere is the point from which the directions, each at its
+angle, cancel. It is in their span: what is iterated are M coefficients, and
+the M x M inner products of the models are all that is read of the weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from alignjax.merge import arrays
+from alignjax.merge.combination import weighted_sum
+from alignjax.merge.gram import full_gram
+from alignjax.merge.method import Pass, merging
+from alignjax.merge.methods.linear import normalised
+from alignjax.merge.sphere import NO_MEAN, directions, length, step, unit
+
+_STEPS = 1000
+
+
+def coefficients(
+  gram: Float[Array, 'M M'],
+  stats: Any = None,
+  *,
+  weights: Sequence[float] | None = None,
+) -> Float[Array, 'M']:
+  """Weight of each model: that of the mean direction times the mean norm."""
+  del stats
+  xp = arrays.namespace(gram)
+  norms, cosines = directions(gram)
+  shares = xp.stack(
+    [xp.asarray(w, dtype=gram.dtype) for w in normalised(weights, len(gram))]
+  )
+  there = shares * (norms > 0)
+  whole = xp.sum(there)
+  there = there / xp.where(whole != 0, whole, 1)
+  point = _mean(unit(there, cosines), there, cosines)
+  return point * (shares @ norms) / xp.where(norms > 0, norms, 1)
+
+
+def problem(gram: Any) -> str | None:
+  """Why models with these inner products have no mean, or None.
+
+  Judged with equal weights: the weights are not at hand where groups are.
+  """
+  norms, cosines = directions(np.asarray(gram, np.float64))
+  there = (norms > 0) / max(1, np.count_nonzero(norms))
+  if not there.any():
+    return None
+  if length(there, cosines) < NO_MEAN:
+    return 'the directions of the models cancel, so that they have no mean'
+  return None
+
+
+@merging(
+  'mean direction on the sphere (Riemannian) of the models themselves, not of'
+  ' task vectors, times their mean norm, layer by layer',
+  weighted=True,
+  uses_base=False,
+  passes=(Pass(full_gram, coefficients),),
+  grouped=True,
+  problem=problem,
+)
+def karcher(
+  base: Float[Array, '...'],
+  leaves: Sequence[Float[Array, '...']],
+  *,
+  stats: Float[Array, 'M'],
+  weights: Sequence[float] | None = None,
+) -> Float[Array, '...']:
+  """sum_m c_m leaf_m, (mean norm) times the Karcher mean of leaf_m / |leaf_m|.
+
+  Args:
+    base: not used.
+    leaves: the models. Those of norm 0 have no direction; they count in the
+      mean norm.
+    stats: c, the `coefficients` of the group's inner products.
+    weights: of directions and norms; uniform by default, normalised.
+
+  Fine-tunes of one base are nearly collinear: their Karcher mean is close to
+  their linear mean. mergekit makes ten iterations at most and takes each tensor
+  for itself; this iterates until nothing changes, on groups.
+  """
+  del base, weights  # the weights are in the coefficients
+  return weighted_sum(leaves, list(stats))
+
+
+def _mean(point: Any, weights: Any, cosines: Any) -> Any:
+  """`step` until the point stays, from the normalised linear mean."""
+  if arrays.namespace(point) is np:
+    for _ in range(_STEPS):
+      last, point = point, step(point, weights, cosines)
+      if np.abs(point - last).max() < 1e-13:
+        break
+    return point
+
+  def going(state: Any) -> Any:
+    count, last, point = state
+    return (count < _STEPS) & (abs(point - last).max() > 1e-7)
+
+  def onward(state: Any) -> Any:
+    count, _, point = state
+    return count + 1, point, step(point, weights, cosines)
+
+  first = step(point, weights, cosines)
+  return jax.lax.while_loop(going, onward, (1, point, first))[2]
