@@ -217,6 +217,8 @@ def test_ends_are_the_inputs_bit_for_bit(name, numbers, models, same, way):
     ('liti', 1, {'liti_rat': 0.5}, "did you mean 'liti_rate'"),
     ('linear', 2, {'weights': [1.0]}, '1 weights for 2 models'),
     ('linear', 2, {'weights': [0.0, 0.0]}, 'must not all be 0'),
+    ('linear', 2, {'weights': [1.0, -1.0]}, 'must not sum to 0'),
+    ('karcher', 2, {'weights': [2.0, -1.0]}, 'must not be negative'),
     ('linear', 2, {'weights': 0.5}, 'must be a list of numbers'),
     ('linear', 2, {'weights': [0.5, 0.5], 't': 0.5}, 't or weights, not both'),
     ('lerp', 3, {'t': 0.5}, 'linear takes t for two models only, not 3'),
@@ -251,6 +253,16 @@ def test_opposite_vectors_are_refused(name):
     streamed(name, base, [model, -model])
   with pytest.raises(UserError, match="non-finite weights in the group 'lay"):
     streamed(name, base, [model, np.where(model > 1, np.inf, model)])
+
+
+@pytest.mark.parametrize('name', ['karcher', 'multislerp'])
+def test_weights_that_leave_opposite_vectors_are_refused(name):
+  base, (model, other) = inputs(2)
+  base, weights = 0 * base, [1.0, 1.0, 0.0]
+  models = [model, -model, other]
+  with pytest.raises(UserError, match='with these weights .* cancel'):
+    streamed(name, base, models, weights=weights)
+  assert np.isnan(compiled(name, base, models, weights=weights)).any()
 
 
 def test_every_method_is_listed_and_told_of():
