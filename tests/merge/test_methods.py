@@ -20,6 +20,10 @@ W = {'weights': [0.5, 1.5, 0.25]}
 CASES = [
   ('linear', {}, 3),
   ('linear', W, 3),
+  ('linear', {'t': 0.3}, 2),
+  ('liti', {'liti_rate': 0.3}, 1),
+  ('slerp', {}, 4),
+  ('slerp', {'t': 0.2}, 2),
   ('task_arithmetic', {}, 3),
   ('task_arithmetic', {'weights': [0.5, -1.5, 0.25], 'scale': 0.7}, 3),
   ('ties', {}, 3),
@@ -55,7 +59,7 @@ CASES = [
   ('ema', {}, 4),
   ('ema', {'rate': 0.6}, 3),
 ]
-NAMES = sorted({name for name, _, _ in CASES} | {'slerp', 'liti'})
+NAMES = sorted({name for name, _, _ in CASES})
 # Block sizes change the order in which inner products are summed.
 SUMMED = ('slerp', 'sce', 'model_stock', 'karcher', 'multislerp', 'slerp_raw')
 
@@ -162,6 +166,7 @@ def test_the_order_of_models_does_not_matter(name):
   [
     ('linear', {}, 1, 1),
     ('linear', {'weights': [0.0, 2.0]}, 2, 2),
+    ('linear', {'t': 1.0}, 2, 2),
     ('task_arithmetic', {}, 1, 1),
     ('task_arithmetic', {'weights': [0.0, 1.0]}, 2, 2),
     ('task_arithmetic', {'scale': 0.0}, 2, 0),
@@ -200,6 +205,8 @@ def test_the_order_of_models_does_not_matter(name):
 @pytest.mark.parametrize('way', [streamed, compiled])
 def test_ends_are_the_inputs_bit_for_bit(name, numbers, models, same, way):
   base, leaves = inputs(models, seed=3)
+  if same == 0:
+    base[0, 0] = -0.0
   found = way(name, base, leaves, **numbers)
   assert found.tobytes() == [base, *leaves][same].tobytes()
 

@@ -9,6 +9,7 @@ import pytest
 from alignjax.merge import arrays, blocks, select
 from alignjax.merge.method import Method, stream
 from alignjax.merge.methods import arcee_fusion
+from tests.merge import references
 from tests.merge.references import NAME, compiled, importance, streamed
 
 
@@ -232,6 +233,19 @@ def test_karcher_mean_is_where_the_directions_cancel():
   units = np.eye(4, dtype=np.float32).reshape(4, 2, 2)[:3]
   merged = streamed('karcher', units[0], list(2 * units))
   np.testing.assert_allclose(merged.ravel(), [2 / 3**0.5] * 3 + [0], 1e-6)
+
+
+@pytest.mark.parametrize('way', [streamed, compiled])
+def test_karcher_iterates_until_it_has_the_mean(way):
+  draw = np.random.default_rng(9).normal
+  models = [draw(size=(5, 6)).astype(np.float32) for _ in range(4)]
+  for weights in (None, [3.0, 1.0, 0.5, 2.0]):
+    found = way('karcher', models[0], models, weights=weights)
+    exact = references.karcher(None, models, weights)
+    # Far apart, directions pull by angles of which float32 has six digits.
+    np.testing.assert_allclose(found, exact, atol=1e-6 * abs(exact).max() * 2)
+    once = references.sphere(np.float64(models), weights, 1)
+    assert abs(once - exact).max() > 1e-4
 
 
 def test_multislerp_of_two_is_slerp_for_equal_norms():

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.core.types import UserError
@@ -39,7 +38,8 @@ def linear(
     return weighted_sum(leaves, normalised(weights, len(leaves)))
   if len(leaves) != 2:
     raise UserError(f'linear takes t for two models only, not {len(leaves)}')
-  return weighted_sum(leaves, [1 - np.float32(t), np.float32(t)])
+  share = arrays.float32(t)
+  return weighted_sum(leaves, [1 - share, share])
 
 
 def normalised(weights: Sequence[float] | None, models: int) -> list[float]:
