@@ -19,7 +19,7 @@ def weighted_sum(
   """
   if all(map(arrays.known, weights)):
     return _known(terms, [np.float32(weight) for weight in weights])
-  xp = arrays.namespace(terms[0])
+  xp = arrays.namespace(next(w for w in weights if not arrays.known(w)))
   shares = xp.stack([xp.asarray(w, dtype=xp.float32) for w in weights])
   total: Any = sum(w * x for w, x in zip(shares, terms))
   alone = xp.count_nonzero(shares) == 1

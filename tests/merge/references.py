@@ -86,8 +86,24 @@ def electing(base, changes, weights, scale):
   return out
 
 
-def linear(base, models, weights=None):
+def linear(base, models, weights=None, t=None):
+  weights = weights if t is None else [1 - t, t]
   return np.average(np.float64(models), axis=0, weights=weights)
+
+
+def liti(base, models, liti_rate):
+  return base + liti_rate * deltas(base, models)[0]
+
+
+def slerp(base, models, t=None):
+  merged, *others = deltas(base, models)
+  for m, d in enumerate(others, start=2):
+    share = 1 / m if t is None else t
+    cosine = np.sum(merged * d) / np.linalg.norm(merged) / np.linalg.norm(d)
+    angle = np.arccos(cosine)
+    merged = np.sin((1 - share) * angle) * merged + np.sin(share * angle) * d
+    merged /= np.sin(angle)
+  return base + merged
 
 
 def task_arithmetic(base, models, weights=None, scale=1.0):

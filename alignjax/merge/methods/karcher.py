@@ -17,7 +17,7 @@ from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import full_gram
 from alignjax.merge.method import Pass, merging
 from alignjax.merge.methods.linear import normalised
-from alignjax.merge.sphere import NO_MEAN, directions, length, step, unit
+from alignjax.merge.sphere import barycentre, problem, step
 
 _STEPS = 1000
 
@@ -30,30 +30,9 @@ def coefficients(
 ) -> Float[Array, 'M']:
   """Weight of each model: that of the mean direction times the mean norm."""
   del stats
-  xp = arrays.namespace(gram)
-  norms, cosines = directions(gram)
-  shares = xp.stack(
-    [xp.asarray(w, dtype=gram.dtype) for w in normalised(weights, len(gram))]
-  )
-  there = shares * (norms > 0)
-  whole = xp.sum(there)
-  there = there / xp.where(whole != 0, whole, 1)
-  point = _mean(unit(there, cosines), there, cosines)
-  return point * (shares @ norms) / xp.where(norms > 0, norms, 1)
-
-
-def problem(gram: Any) -> str | None:
-  """Why models with these inner products have no mean, or None.
-
-  Judged with equal weights: the weights are not at hand where groups are.
-  """
-  norms, cosines = directions(np.asarray(gram, np.float64))
-  there = (norms > 0) / max(1, np.count_nonzero(norms))
-  if not there.any():
-    return None
-  if length(there, cosines) < NO_MEAN:
-    return 'the directions of the models cancel, so that they have no mean'
-  return None
+  shares = normalised(weights, len(gram))
+  point, there, cosines, factors = barycentre(gram, shares)
+  return _mean(point, there, cosines) * factors
 
 
 @merging(

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.core.types import UserError
+from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.method import RATE, merging
 
@@ -38,11 +38,17 @@ def linear(
     return weighted_sum(leaves, normalised(weights, len(leaves)))
   if len(leaves) != 2:
     raise UserError(f'linear takes t for two models only, not {len(leaves)}')
-  return weighted_sum(leaves, [1 - np.float32(t), np.float32(t)])
+  share = arrays.float32(t)
+  return weighted_sum(leaves, [1 - share, share])
 
 
 def normalised(weights: Sequence[float] | None, models: int) -> list[float]:
-  """Weights with the sum 1; uniform where there are none."""
+  """Weights with the sum 1; uniform where there are none.
+
+  Raises UserError where the sum is 0.
+  """
   weights = [1.0] * models if weights is None else weights
   total = sum(weights)
+  if arrays.known(total) and total == 0:
+    raise UserError(f'weights must not sum to 0, found {list(weights)}')
   return [weight / total for weight in weights]

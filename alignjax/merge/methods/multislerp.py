@@ -10,13 +10,11 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import angles, task_gram
 from alignjax.merge.method import Pass, merging
-from alignjax.merge.methods.karcher import problem
 from alignjax.merge.methods.linear import normalised
-from alignjax.merge.sphere import directions, step, unit
+from alignjax.merge.sphere import barycentre, problem, step
 
 
 def coefficients(
@@ -27,16 +25,9 @@ def coefficients(
 ) -> Float[Array, 'M']:
   """Weight of each task vector in the merge; 0 for those that are 0."""
   del stats
-  xp = arrays.namespace(gram)
-  norms, cosines = directions(gram)
-  shares = xp.stack(
-    [xp.asarray(w, dtype=gram.dtype) for w in normalised(weights, len(gram))]
-  )
-  there = shares * (norms > 0)
-  whole = xp.sum(there)
-  there = there / xp.where(whole != 0, whole, 1)
-  point = step(unit(there, cosines), there, cosines)
-  return point * (shares @ norms) / xp.where(norms > 0, norms, 1)
+  shares = normalised(weights, len(gram))
+  point, there, cosines, factors = barycentre(gram, shares)
+  return step(point, there, cosines) * factors
 
 
 @merging(

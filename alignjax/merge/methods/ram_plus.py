@@ -57,7 +57,7 @@ def settle(
     shared / xp.maximum(unique, 1),
     xp.where(shared > 0, xp.inf, 0),
   )
-  return 1 + r * xp.minimum(alpha, rho)
+  return xp.asarray(1 + r * xp.minimum(alpha, rho), dtype=xp.float32)
 
 
 def prepare(
