@@ -23,7 +23,8 @@ from alignjax.core.lookup import nearest
 from alignjax.core.types import UserError
 from alignjax.interop import mixture, orbax
 from alignjax.interop.open import open as open_model
-from alignjax.merge import memory, method
+from alignjax.merge import memory
+from alignjax.merge.geometry import geometry
 from alignjax.models import decoder
 from alignjax.models.config import Config, to_json
 from alignjax.models.preset import SHAPES, preset
@@ -240,36 +241,34 @@ def _holds(leaves: Mapping[str, Facts]) -> Facts:
   return out
 
 
-def difference(base: str, model: str, role: str) -> Facts:
-  """Norms of the task vector model - base: [norm, norm / weights] a layer.
+def difference(base: str, models: Sequence[str], role: str) -> Facts:
+  """Where models lie about a base, a layer and all together.
 
   The models may be of different formats. Raises UserError if their leaves
   differ in names or shapes.
   """
-  first, other = (_of_role(path, role) for path in (base, model))
+  first, *others = (_of_role(path, role) for path in (base, *models))
   memory.check_same(
-    str(first.path), first.leaves, {str(other.path): other.leaves}
+    str(first.path), first.leaves, {str(m.path): m.leaves for m in others}
   )
-  sums: dict[str, tuple[float, float]] = {}
-  for name, spec in first.leaves.items():
-    if not memory.is_float(spec):
-      continue
-    a = first.load(name).astype(np.float32)
-    b = other.load(name).astype(np.float32)
-    moved, weights = sums.get(method.group_of(name, 'layer'), (0.0, 0.0))
-    sums[method.group_of(name, 'layer')] = (
-      moved + float(np.sum(np.square(b - a), dtype=np.float64)),
-      weights + float(np.sum(np.square(a), dtype=np.float64)),
-    )
-  rows = {name: sums[name] for name in sorted(sums, key=natural)}
-  moved, weights = map(sum, zip(*rows.values()))
-  rows['all'] = moved, weights
-  norms = {
-    # A zero weight group (a fresh norm scale) has no relative norm.
-    name: [math.sqrt(moved), math.sqrt(moved / of) if of else None]
-    for name, (moved, of) in rows.items()
+  found = geometry(first, others)
+  rows = {name: found[name] for name in sorted(found, key=natural)}
+  rows['all'] = rows.pop('all')
+  return {
+    'base': str(first.path),
+    'models': [str(model.path) for model in others],
+    'norms': {
+      # A zero weight group (a fresh norm scale) has no relative norm.
+      name: [
+        [float(x), float(x) / of.weights if of.weights else None]
+        for x in of.norms
+      ]
+      for name, of in rows.items()
+    },
+    'angles_deg': {name: of.angles for name, of in rows.items()},
+    'sign_conflicts': {name: of.conflicts for name, of in rows.items()},
+    'distances': rows['all'].distances.tolist(),
   }
-  return {'base': str(first.path), 'model': str(other.path), 'norms': norms}
 
 
 def _of_role(path: str, role: str):

@@ -45,9 +45,10 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--json', action='store_true', help='the facts as JSON')
   parser.add_argument(
     '--diff',
+    nargs='+',
     metavar='OTHER',
-    help='the task vector OTHER - WHAT: its norm per layer, and that norm'
-    ' relative to the weights of WHAT; formats may differ',
+    help='the task vectors OTHER - WHAT: norms per layer, also relative to the'
+    ' weights of WHAT, angles, conflicts of signs; formats may differ',
   )
   parser.add_argument(
     '--role', metavar='R', default='policy', help='for --diff; policy'
@@ -184,14 +185,48 @@ def _show_run(out: Any, found: dict[str, Any]) -> None:
 
 
 def _show_difference(out: Any, found: dict[str, Any]) -> None:
+  models = found['models']
+  letters = _LETTERS[: len(models)]
+  for letter, model in zip(letters, models):
+    out.print(f'{letter}: {model} - {found["base"]}', markup=False)
+  columns = ['layer']
+  for letter in letters:
+    columns += [f'norm {letter}', 'relative']
   rows = [
-    (name, f'{norm:.6g}', '-' if relative is None else f'{relative:.3e}')
-    for name, (norm, relative) in found['norms'].items()
+    [name, *(text for pair in norms for text in _norm(*pair))]
+    for name, norms in found['norms'].items()
   ]
-  title = f'{found["model"]} - {found["base"]}'
-  out.print(_table(title, ('layer', 'norm', 'norm / weights'), rows))
+  out.print(_table('task vectors; relative to the weights', columns, rows))
+  if len(models) == 1:
+    return
+  pairs = [
+    f'{letters[i]}{letters[j]}' for j in range(len(models)) for i in range(j)
+  ]
+  rows = [
+    [
+      name,
+      *(f'{angle:.2f}' for angle in angles),
+      '-'
+      if (share := found['sign_conflicts'][name]) is None
+      else f'{share:.1%}',
+    ]
+    for name, angles in found['angles_deg'].items()
+  ]
+  title = 'degrees between task vectors; items whose signs disagree'
+  out.print(_table(title, ['layer', *pairs, 'signs'], rows))
+  names = ['base', *letters]
+  rows = [
+    [name, *(f'{x:.4g}' for x in row)]
+    for name, row in zip(names, found['distances'])
+  ]
+  out.print(_table('distances between the weights', ['', *names], rows))
 
 
+def _norm(norm: float, relative: float | None) -> tuple[str, str]:
+  return f'{norm:.4g}', '-' if relative is None else f'{relative:.2e}'
+
+
+_LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 _WORDS = ('leaf', 'shape', 'dtype', 'from', 'step', 'holds', 'layer')
 
 

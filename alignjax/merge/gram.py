@@ -61,7 +61,7 @@ def arc(aa: Any, bb: Any, ab: Any, share: Any) -> tuple[Any, Any]:
   return xp.where(bad, xp.nan, first), xp.where(bad, xp.nan, second)
 
 
-def angles(gram: Float[Array, 'M M']) -> list[float]:
+def angles(gram: Any) -> list[float]:
   """Degrees between models 0 and 1, 0 and 2, 1 and 2, ..."""
   xp = arrays.namespace(gram)
   return [

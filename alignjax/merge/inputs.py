@@ -155,7 +155,7 @@ def empty(
   """An array to be filled; a large one takes disk, not memory."""
   if math.prod(shape) * np.dtype(dtype).itemsize <= HELD_BYTES:
     return np.empty(shape, dtype)
-  with tempfile.TemporaryFile(dir=scratch) as file:
+  with tempfile.TemporaryFile(dir=scratch or None) as file:
     out = np.memmap(file, np.dtype(np.uint8), 'w+', shape=_bytes(shape, dtype))
   return out.view(np.ndarray).view(dtype).reshape(shape)
 

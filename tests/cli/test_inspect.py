@@ -186,9 +186,28 @@ def test_inspect_diff_measures_the_task_vector(models, monkeypatch, capsys):
     names = [n for n in x if row == 'all' or n.split('/')[0] == row]
     moved = np.sqrt(sum(np.sum((y[n] - x[n]) ** 2.0) for n in names))
     of = np.sqrt(sum(np.sum(x[n] ** 2.0) for n in names))
-    np.testing.assert_allclose(rows[row], [moved, moved / of], rtol=1e-5)
+    np.testing.assert_allclose(rows[row], [[moved, moved / of]], rtol=1e-5)
   out = said(capsys, 'base', '--diff', 'a')
-  assert 'layer_10' in out and f'{rows["all"][0]:.6g}' in out
+  assert 'layer_10' in out and f'{rows["all"][0][0]:.4g}' in out
+
+
+def test_inspect_diff_of_several_models(models, monkeypatch, capsys):
+  monkeypatch.setattr(model_dir, 'load_leaf', LOAD_LEAF)
+  facts = found(capsys, 'base', '--diff', 'a', 'base', 'a')
+  x, y = (
+    np.concatenate([np.ravel(v) for v in params(i).values()]) for i in (0, 1)
+  )
+  far = np.linalg.norm(y - x)
+  assert facts['angles_deg']['all'] == [0, 0, 0]  # of zero: none
+  np.testing.assert_allclose(
+    facts['distances'],
+    far * np.abs(np.subtract.outer([0, 1, 0, 1], [0, 1, 0, 1])),
+    rtol=1e-5,
+    atol=1e-5 * far,
+  )
+  assert facts['sign_conflicts']['all'] == 0
+  out = said(capsys, 'base', '--diff', 'a', 'base', 'a')
+  assert 'BC' in out and 'distances between' in out
 
 
 @pytest.mark.parametrize(
