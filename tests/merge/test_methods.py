@@ -133,6 +133,17 @@ def test_blocks_do_not_change_the_result(name, monkeypatch):
 
 
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('shape', [(1, 1), (1, 7), (7, 1)])
+def test_leaves_of_one_row_or_column(name, shape):
+  base, leaves = inputs(of(name), shape=shape)
+  # All in one direction: the only other one of a single item is opposite.
+  leaves = [base + abs(leaf - base) for leaf in leaves]
+  merged = streamed(name, base, leaves)
+  near(merged, compiled(name, base, leaves), 2e-6)
+  assert merged.shape == shape
+
+
+@pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('way', [streamed, compiled])
 def test_models_equal_to_the_base_give_the_base(name, way):
   base, _ = inputs(1)
