@@ -21,7 +21,7 @@ def task_arithmetic(
   weights: Sequence[float] | None = None,
   scale: float = 1.0,
 ) -> Float[Array, '...']:
-  """base + scale sum_m w_m (leaf_m - base); eq. of section 2 of the paper.
+  """base + scale sum_m w_m (leaf_m - base): addition, and negation by w < 0.
 
   Args:
     base: the init that the models were trained from.
