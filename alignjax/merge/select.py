@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from alignjax.core.types import UserError
 from alignjax.merge import arrays
 from alignjax.merge.method import Pass
 
@@ -29,8 +30,10 @@ Values = Callable[[Any, Sequence[Any]], Sequence[Any]]
 def share_of(size: int, share: Any) -> int:
   """floor(share * size), of the decimal number that was written.
 
-  In floats, 0.29 of 100 would be 28.
+  In floats, 0.29 of 100 would be 28. Raises UserError for a traced one.
   """
+  if not arrays.known(share):
+    raise UserError('a share of which items are counted must not be traced')
   return int(Fraction(str(float(share))) * size)
 
 

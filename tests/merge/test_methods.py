@@ -133,6 +133,17 @@ def test_blocks_do_not_change_the_result(name, monkeypatch):
 
 
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('shape', [(1, 1), (1, 7), (7, 1)])
+def test_leaves_of_one_row_or_column(name, shape):
+  base, leaves = inputs(of(name), shape=shape)
+  # All in one direction: the only other one of a single item is opposite.
+  leaves = [base + abs(leaf - base) for leaf in leaves]
+  merged = streamed(name, base, leaves)
+  near(merged, compiled(name, base, leaves), 2e-6)
+  assert merged.shape == shape
+
+
+@pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('way', [streamed, compiled])
 def test_models_equal_to_the_base_give_the_base(name, way):
   base, _ = inputs(1)
@@ -230,8 +241,12 @@ def test_ends_are_the_inputs_bit_for_bit(name, numbers, models, same, way):
     ('linear', 2, {'weights': [0.5, 0.5], 't': 0.5}, 't or weights, not both'),
     ('lerp', 3, {'t': 0.5}, 'linear takes t for two models only, not 3'),
     ('ties', 2, {'density': 1.2}, 'density must be a number from 0 to 1'),
+    ('ties', 2, {'scale': float('inf')}, 'scale must be a number'),
+    ('sce', 2, {'scale': float('nan')}, 'scale must be a number'),
+    ('task_arithmetic', 2, {'weights': [1.0, float('inf')]}, 'a weight must'),
     ('ties', 2, {'weights': [1.0, -1.0]}, 'must not be negative'),
     ('dare.linear', 2, {'seed': 0.5}, 'seed must be a whole number'),
+    ('dare.linear', 2, {'seed': 2**70}, 'seed must be a whole number'),
     ('dare.ties', 2, {'density': -0.1}, 'density must be a number from 0'),
     ('della.ties', 2, {'density': 0.9, 'epsilon': 0.2}, 'must lie from 0 to'),
     ('breadcrumbs.ties', 2, {'gamma': 2}, 'gamma must be a number from 0'),

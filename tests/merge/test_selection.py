@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from alignjax.core.types import UserError
 from alignjax.merge import arrays, blocks, select
 from alignjax.merge.method import Method, stream
 from alignjax.merge.methods import arcee_fusion
@@ -36,6 +37,11 @@ def test_a_share_is_of_the_number_as_it_is_written():
   assert select.share_of(100, 0.29) == 29 != int(0.29 * 100)
   assert select.share_of(10**12, 0.1) == 10**11
   assert select.share_of(7, 1.0) == 7 and select.share_of(7, 0) == 0
+
+
+def test_a_traced_share_is_refused():
+  with pytest.raises(UserError, match='must not be traced'):
+    jax.jit(lambda share: select.share_of(10, share))(0.5)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,29 @@ def test_della_without_a_window_is_dare():
     dare = streamed(f'dare.{kind}', base, models, density=0.3)
     della = streamed(f'della.{kind}', base, models, density=0.3, epsilon=0.0)
     assert dare.tobytes() == della.tobytes()
+
+
+def test_what_drops_nothing_is_task_arithmetic():
+  draw = np.random.default_rng(4).normal
+  base, *models = (draw(size=(20, 25)).astype(np.float32) for _ in range(3))
+  numbers = {'weights': [0.7, -0.4], 'scale': 0.8}
+  found = streamed('task_arithmetic', base, models, **numbers)
+  for name, more in (
+    ('dare', {}),
+    ('della', {'epsilon': 0.0}),
+    ('breadcrumbs', {}),
+  ):
+    other = streamed(
+      f'{name}.linear', base, models, density=1.0, **more, **numbers
+    )
+    assert found.tobytes() == other.tobytes()
+  # Where all signs agree, the elected mean is the mean.
+  positive = [base + abs(model) for model in models]
+  np.testing.assert_allclose(
+    streamed('ties', base, positive, density=1.0),
+    streamed('linear', base, positive),
+    atol=1e-6,
+  )
 
 
 def test_rows_of_one_item_have_the_density():

@@ -74,9 +74,10 @@ def linear(
     weights: one per model, 1 by default, not normalised.
     scale: of the sum, lambda in the paper.
 
-  mergekit does not divide by the p of each item: it leaves what stays as it is,
-  or scales the whole tensor to its old norm. It also takes a row of the stored
-  tensor, which for some layouts is not one output.
+  epsilon is half the width of the range of p, and the range is centred, so that
+  density is the mean. mergekit has the same range but does not divide by the p
+  of each item: it leaves what stays as it is, or scales the whole tensor to a
+  norm that it had before.
   """
   factors = _factors(base, leaves, uniform, density, epsilon)
   return added(base, leaves, factors, weights, scale)

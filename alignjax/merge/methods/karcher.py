@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignjax.core.types import UserError
 from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import full_gram
 from alignjax.merge.method import Pass, merging
 from alignjax.merge.methods.linear import normalised
-from alignjax.merge.sphere import barycentre, problem, step
+from alignjax.merge.sphere import barycentre, length, problem, step
 
 _STEPS = 1000
 
@@ -69,17 +70,24 @@ def karcher(
 
 
 def _mean(point: Any, weights: Any, cosines: Any) -> Any:
-  """`step` until the point stays, from the normalised linear mean."""
+  """`step` until the point stays, from the normalised linear mean.
+
+  Raises UserError if it never does.
+  """
   if arrays.namespace(point) is np:
     for _ in range(_STEPS):
       last, point = point, step(point, weights, cosines)
-      if np.abs(point - last).max() < 1e-13:
-        break
-    return point
+      # Coefficients need not be unique; the point is.
+      if length(point - last, cosines) < 1e-12:
+        return point
+    raise UserError(
+      f'karcher: no mean of these models after {_STEPS} steps; their directions'
+      ' are too far apart'
+    )
 
   def going(state: Any) -> Any:
     count, last, point = state
-    return (count < _STEPS) & (abs(point - last).max() > 1e-7)
+    return (count < _STEPS) & (length(point - last, cosines) > 1e-7)
 
   def onward(state: Any) -> Any:
     count, _, point = state

@@ -43,7 +43,7 @@ def model_stock(
   *,
   stats: Float[Array, ''],
 ) -> Float[Array, '...']:
-  """t mean(leaves) + (1 - t) base; eq. 6 and, for two models, eq. 5.
+  """t mean(leaves) + (1 - t) base, t = 2 c / (1 + c) for two models.
 
   Args:
     base: the pretrained weights.

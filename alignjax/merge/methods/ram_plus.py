@@ -103,7 +103,8 @@ def ram_plus(
     r: how much the factor grows, 0.1 by default. With 0, it is `ram`.
     alpha: the largest ratio of shared to unique that counts, 0.2 by default.
 
-  The counts are those of a leaf, not of the whole model.
+  The counts are those of a leaf, not of the whole model, as in mergekit's
+  `ramplus_tl`. They take a reading of the inputs before the merge.
   """
   del r, alpha  # are in the factors
   changes = changed(base, leaves, epsilon)

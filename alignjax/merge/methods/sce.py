@@ -87,8 +87,8 @@ def sce(
     stats: of the leaf.
     scale: of the change.
 
-  mergekit takes the share density of the items whose variance is not 0, and
-  weighs the sign by the values alone, as here.
+  Deviations from mergekit: it counts density of the items whose variance is not
+  0, this of all items, as the paper's top k percent does.
   """
   del ranks
   xp = arrays.namespace(base)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float
 
-from alignjax.merge.combination import weighted_sum
+from alignjax.merge.election import added
 from alignjax.merge.method import FACTOR, merging
 
 
@@ -21,7 +21,7 @@ def task_arithmetic(
   weights: Sequence[float] | None = None,
   scale: float = 1.0,
 ) -> Float[Array, '...']:
-  """base + scale sum_m w_m (leaf_m - base); eq. of section 2 of the paper.
+  """base + scale sum_m w_m (leaf_m - base): addition, and negation by w < 0.
 
   Args:
     base: the init that the models were trained from.
@@ -30,6 +30,4 @@ def task_arithmetic(
     scale: of the sum, lambda in the paper. One model at scale 1 is that model,
       bit for bit.
   """
-  weights = [1.0] * len(leaves) if weights is None else weights
-  shares = [scale * weight for weight in weights]
-  return weighted_sum([base, *leaves], [1 - sum(shares), *shares])
+  return added(base, leaves, [1.0] * len(leaves), weights, scale)
