@@ -140,7 +140,7 @@ def check_number(
   if hasattr(value, 'item') and not isinstance(value, np.generic):
     value = value.item()
   good = isinstance(value, kinds) and not isinstance(value, bool)
-  good = good and value == value and abs(value) != np.inf
+  good = good and value == value and value not in (np.inf, -np.inf)
   free = extrapolate and allowed.outside
   if not good or not (free or allowed.low <= float(value) <= allowed.high):
     raise UserError(
