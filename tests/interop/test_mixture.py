@@ -10,7 +10,7 @@ from alignjax.cli import sample as cli
 from alignjax.core import tree
 from alignjax.core.types import UserError
 from alignjax.interop.open import open as open_model
-from alignjax.merge import driver
+from alignjax.merge import planning
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.policies import conditioned
@@ -76,7 +76,7 @@ def test_what_others_say(tmp_path):
   assert set(known['roles']) == {'shared', 'copy_0', 'copy_1'}
   assert known['provenance']['condition'] == ['even', 'small']
   with pytest.raises(UserError, match='merge of a conditioned model'):
-    driver.plan(
+    planning.plan(
       'linear',
       base=tmp_path / 'm',
       models=[tmp_path / 'm'],
