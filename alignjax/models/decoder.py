@@ -114,8 +114,8 @@ def shapes(config: Config) -> dict[str, Any]:
   period = min(config.layers, len(config.pattern))
   found = _traced(dataclasses.replace(config, layers=period))
   out = {k: v for k, v in found.items() if not k.startswith('layer_')}
-  for i in range(config.layers):
-    out[f'layer_{i}'] = found[f'layer_{i % period}']
+  for i in range(config.layers):  # copies: what is cached is nobody's to change
+    out[f'layer_{i}'] = jax.tree.map(lambda x: x, found[f'layer_{i % period}'])
   return out
 
 
