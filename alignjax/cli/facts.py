@@ -23,8 +23,8 @@ from alignjax.core.lookup import nearest
 from alignjax.core.types import UserError
 from alignjax.interop import mixture, orbax
 from alignjax.interop.open import open as open_model
-from alignjax.merge import memory
 from alignjax.merge.geometry import geometry
+from alignjax.merge.inputs import check_same
 from alignjax.models import decoder
 from alignjax.models.config import Config, to_json
 from alignjax.models.preset import SHAPES, preset
@@ -248,7 +248,7 @@ def difference(base: str, models: Sequence[str], role: str) -> Facts:
   differ in names or shapes.
   """
   first, *others = (_of_role(path, role) for path in (base, *models))
-  memory.check_same(
+  check_same(
     str(first.path), first.leaves, {str(m.path): m.leaves for m in others}
   )
   found = geometry(first, others)

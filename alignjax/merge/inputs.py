@@ -49,39 +49,54 @@ def opened(
   first, *others = models
   for other in others:
     _check_configs(first, other)
-  wrong = []
-  for other in others:
-    wrong += differing(first, other, pad)
-  if wrong:
-    hint = ' (--pad merges tables of different rows)' if not pad else ''
-    rows = any(line.startswith('embedding is') for line in wrong)
-    raise UserError(
-      f'merge of models with different shapes: {"; ".join(wrong)}'
-      f'{hint if rows else ""}'
-    )
+  check_same(
+    str(first.path),
+    first.leaves,
+    {str(other.path): other.leaves for other in others},
+    pad=pad,
+  )
   _check_tokenizers(models)
   return models
 
 
-def differing(first: Opened, other: Opened, pad: bool = False) -> list[str]:
-  """Every leaf whose name or shape is not the same."""
+def check_same(
+  first: str,
+  base: Mapping[str, Any],
+  models: Mapping[str, Mapping[str, Any]],
+  *,
+  pad: bool = False,
+) -> None:
+  """Raises one UserError with every leaf whose name or shape differs.
+
+  `base` and `models` map leaf names to anything with a shape; the keys of
+  `models` and `first` name them in the message. `pad`: see `opened`.
+  """
   wrong = []
-  ours, theirs = first.leaves, other.leaves
-  for name in sorted(ours.keys() | theirs.keys()):
-    if name not in theirs:
-      wrong.append(f'{name} is missing in {other.path}')
-    elif name not in ours:
-      wrong.append(f'{name} of {other.path} is missing in {first.path}')
-    elif ours[name].shape != theirs[name].shape and not (
-      pad
-      and name == 'embedding'
-      and ours[name].shape[1:] == theirs[name].shape[1:]
-    ):
-      wrong.append(
-        f'{name} is {list(ours[name].shape)} in {first.path} and'
-        f' {list(theirs[name].shape)} in {other.path}'
-      )
-  return wrong
+  for where, leaves in models.items():
+    for name in sorted(base.keys() | leaves.keys()):
+      if name not in leaves:
+        wrong.append(f'{name} is missing in {where}')
+      elif name not in base:
+        wrong.append(f'{name} of {where} is missing in {first}')
+      elif not _fit(name, base[name].shape, leaves[name].shape, pad):
+        wrong.append(
+          f'{name} is {list(base[name].shape)} in {first} and'
+          f' {list(leaves[name].shape)} in {where}'
+        )
+  if wrong:
+    rows = not pad and any(line.startswith('embedding is') for line in wrong)
+    raise UserError(
+      f'merge of models with different shapes: {"; ".join(wrong)}'
+      f'{" (--pad merges tables of different rows)" if rows else ""}'
+    )
+
+
+def _fit(
+  name: str, one: Sequence[int], other: Sequence[int], pad: bool
+) -> bool:
+  if pad and name == 'embedding':
+    return one[1:] == other[1:]
+  return one == other
 
 
 def mixed_dtypes(models: Sequence[Opened]) -> list[str]:

@@ -50,7 +50,9 @@ def merge(
       raise UserError(f'{name} needs a base, from which the task vectors are')
     base = models[0]
   first, *others = map(tree.named, (base, *models))
-  check_same('base', first, {f'model {i}': o for i, o in enumerate(others)})
+  inputs.check_same(
+    'base', first, {f'model {i}': o for i, o in enumerate(others)}
+  )
   if any(leaf.startswith('groups/') for leaf in first):
     raise UserError('merge takes canonical trees: call tree.unstack first')
   near = all(map(_near, (x for of in (first, *others) for x in of.values())))
@@ -172,29 +174,3 @@ def same_integers(name: str, base: Any, leaves: Sequence[Any]) -> Any:
   if known and not all(np.array_equal(base, x) for x in leaves):
     raise UserError(f'leaf {name!r} is {base.dtype} and differs between models')
   return base
-
-
-def check_same(
-  first: str, base: dict[str, Any], models: dict[str, dict[str, Any]]
-) -> None:
-  """Raises one UserError with every leaf whose name or shape differs.
-
-  `base` and `models` map leaf names to anything with a shape; the keys of
-  `models` and `first` name them in the message.
-  """
-  wrong = []
-  for where, leaves in models.items():
-    for name in sorted(base.keys() | leaves.keys()):
-      if name not in leaves:
-        wrong.append(f'{name} is missing in {where}')
-      elif name not in base:
-        wrong.append(f'{name} of {where} is missing in {first}')
-      elif leaves[name].shape != base[name].shape:
-        wrong.append(
-          f'{name} is {list(base[name].shape)} in {first} and'
-          f' {list(leaves[name].shape)} in {where}'
-        )
-  if wrong:
-    raise UserError(
-      f'merge of models with different shapes: {"; ".join(wrong)}'
-    )
