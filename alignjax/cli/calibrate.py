@@ -48,14 +48,15 @@ def main(argv: Sequence[str]) -> int:
     raise UserError(
       f'unknown argument {rest[0]!r}; `alignjax calibrate --help`'
     )
-  needed = 'tokenizer model start source reward responses batch_size'
-  for name in (*needed.split(), 'max_new_tokens', 'temperature', 'seed'):
-    if name not in config:
-      raise UserError(f'{arguments.config}: no {name!r}; it is needed here')
-  if config.responses < 2:
-    raise UserError(
-      f'responses = {config.responses}: expected 2 or more for each prompt'
-    )
+  configs.check(
+    config,
+    arguments.config,
+    'tokenizer model start source reward seed'.split(),
+    responses=2,
+    batch_size=1,
+    max_new_tokens=1,
+    temperature=1e-6,
+  )
   _calibrate(config, arguments.workdir)
   return console.OK
 

@@ -170,6 +170,26 @@ def _literal(text: str) -> Any:
     return text
 
 
+def check(
+  config: ConfigDict, file: str, names: Sequence[str], **least: float
+) -> None:
+  """UserError unless all `names` are there and numbers are large enough.
+
+  `least` is a field's smallest value: where that is an int, so is the field.
+  """
+  for name in (*names, *least):
+    if name not in config:
+      raise UserError(f'{file}: no {name!r}; it is needed here')
+  for name, smallest in least.items():
+    found, whole = config[name], isinstance(smallest, int)
+    number = isinstance(found, int if whole else int | float)
+    if not number or isinstance(found, bool) or not found >= smallest:
+      kind = 'a whole number, ' if whole else ''
+      raise UserError(
+        f'{name} = {found!r}: expected {kind}{smallest:g} or more'
+      )
+
+
 def plain(value: Any, field: str = 'config') -> Any:
   """Nested dicts and lists of JSON values; raises UserError for others."""
   if isinstance(value, ConfigDict):

@@ -41,6 +41,19 @@ def main(argv: Sequence[str]) -> int:
   config, _, rest = configs.load(['--config', arguments.config, *rest])
   if rest:
     raise UserError(f'unknown argument {rest[0]!r}; `alignjax evaluate --help`')
+  embedding: Any = config.get('embedding') or {}
+  configs.check(
+    config,
+    arguments.config,
+    'tokenizer model source reward models reference seed'.split(),
+    prompts=2,  # one has no interval
+    responses=2 if embedding.get('path') else 1,
+    reference_responses=2,  # which are compared with one another
+    batch_size=1,
+    max_new_tokens=1,
+    temperature=1e-6,
+    samples=0,
+  )
   names = [entry['name'] for entry in config.models]
   if len(set(names)) < len(names):
     raise UserError(f'models: two have one name: {names}')

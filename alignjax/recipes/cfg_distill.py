@@ -17,9 +17,12 @@ sum_n log pi(y_n) sum_{m > n} KL_m, and the gradient is that of equation 2.
 
 Deviations from the paper: it does not give the baseline; here it is the mean
 distance among the prompt's other answers, and for two answers that of the
-batch's other prompts. At a `temperature` other than 1 equations 2 and 4 are
-expectations over answers drawn at it, and equation 5 uses the log-probability
-at it; the KL of a token stays at temperature 1. The embedding is of text.
+batch's other prompts. Where answers are drawn at a `temperature` or truncated,
+equations 2 and 4 are expectations over answers drawn so, and equation 5 (and
+`grad_through_sampling`) uses the log-probability that they are drawn with. The
+KL of a token stays that of whole distributions at temperature 1: over what
+truncation keeps alone, a token that fell out could not come back, however
+likely it is under the teacher. The embedding is of text.
 """
 
 import math
@@ -34,7 +37,7 @@ from alignjax.losses import divergence as divergences
 from alignjax.losses import teacher as teachers
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens
 from alignjax.losses.policy_gradient import leave_pairs_out, reinforce
-from alignjax.policies.combine import tempered, under_guidance
+from alignjax.policies.combine import sampled, under_guidance
 from alignjax.rewards.diversity import diversity
 from alignjax.stages import arrange
 from alignjax.stages.rollout import rollout
@@ -51,6 +54,8 @@ def cfg_distill(
   response_count: int = 2,
   max_new_tokens: int = 64,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> Recipe:
   """Equations 1 to 5; the paper's diversity_coef are 0, 5, 10 and 15.
 
@@ -61,16 +66,22 @@ def cfg_distill(
     guidance_scale=(guidance_scale, -math.inf, math.inf),
     diversity_coef=(diversity_coef, 0, math.inf),
     response_count=(response_count, 2 if diversity_coef else 1, math.inf),
-    temperature=(temperature, 1e-6, math.inf),
+  )
+  drawn_from = sampled(
+    model.policy('policy'), temperature=temperature, top_k=top_k, top_p=top_p
   )
   draw = rollout(
-    [(tempered(model.policy('policy'), temperature), response_count)],
+    [(drawn_from, response_count)],
     max_new_tokens=max_new_tokens,
     stop=model.stop,
     pad=model.pad,
   )
   later = _later if grad_through_sampling else jnp.zeros_like
-  quality = _quality(model, guidance_scale, temperature, later)
+
+  def drawn_logp(logits, tokens):
+    return gather_logp(drawn_from.limit(logits / temperature, tokens), tokens)
+
+  quality = _quality(model, guidance_scale, drawn_logp, later)
 
   def plain(bundle, batch, key):
     del key
@@ -116,10 +127,13 @@ def cfg_distill(
 def _quality(
   model: Model,
   guidance_scale: float,
-  temperature: float,
+  drawn_logp: Callable[[Any, Any], Any],
   later: Callable[[Any], Any],
 ):
-  """(bundle, batch) -> (loss of equation 2, metrics, log p of the tokens)."""
+  """(bundle, batch) -> (loss of equation 2, metrics, log p of the tokens).
+
+  `drawn_logp` is (logits, tokens) -> log p under what answers are drawn from.
+  """
   policy = model.policy('policy')
   teacher = under_guidance(model, 'teacher', guidance_scale)
 
@@ -134,7 +148,7 @@ def _quality(
       return {
         'kl': divergences.reverse(given.logits, own),
         'entropy': entropy(own),
-        'logp': gather_logp(own / temperature, tokens),
+        'logp': drawn_logp(own, tokens),
       }
 
     mask, weight = batch['mask'], batch['weight']

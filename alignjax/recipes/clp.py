@@ -23,12 +23,14 @@ the policy is steered.
 Deviations from the paper, whose text was not at hand: k above makes mixed
 logits exactly optimal at every alpha, which alpha itself as the reference's
 weight does not; the baseline is the mean return of a prompt's other responses;
-a soft cap on the logits applies to their mixture. Sampling at a temperature
-scores policy and reference at that temperature.
+a soft cap on the logits applies to their mixture. Policy and reference are
+scored as they are sampled: at a temperature, truncated. What truncation keeps
+is that of the mixture, so it differs from one (alpha, w) to another.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,7 @@ from alignjax.core.types import (
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce
 from alignjax.policies import conditioned
-from alignjax.policies.combine import tempered
+from alignjax.policies.combine import sampled
 from alignjax.stages import arrange
 from alignjax.stages import groups as grouping
 from alignjax.stages.overlap import overlap
@@ -67,6 +69,8 @@ def clp(
   max_new_tokens: int = 64,
   rollout_chunks: int = 1,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   baseline: str = 'leave_one_out',
 ) -> Recipe:
   """CLP; `objectives` are names of the reward's scores, w in their order.
@@ -75,20 +79,18 @@ def clp(
   Raises UserError for numbers out of range and scores that there are not.
   """
   arrange.check_baseline(baseline)
-  check(concentration, kl_coef_low, kl_coef_high, groups, temperature)
+  check(concentration, kl_coef_low, kl_coef_high, groups)
   vary = kl_coef_high > kl_coef_low
   columns = chosen(reward, objectives, least=1 if vary else 2)
   policy = conditioned.conditioned(model.policy, 'policy', reference=vary)
-  policy = tempered(policy, temperature)
-  fixed = tempered(model.policy('reference'), temperature)
-
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(policy)
   draw_responses = rollout(
     [(policy, response_count)],
     max_new_tokens=max_new_tokens,
     stop=model.stop,
     pad=model.pad,
   )
-
   returns = scalarised(columns, kl_coef_low, vary, baseline)
   last = [conditioned.REFERENCE] if vary else []
 
@@ -130,7 +132,7 @@ def clp(
         score(reward),
         chunks=rollout_chunks,
       ),
-      reference(fixed),
+      reference(as_drawn(model.policy('reference'))),
       # By group: a single response's others have its weights.
       grouping.grouped(returns, groups),
     ),
@@ -146,17 +148,20 @@ def told(
   response_count: int = 2,
   max_new_tokens: int = 64,
   temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> Recipe:
   """The baseline: the weights of `condition` are words of the prompt.
 
   A plain policy on the source `weighted`; rewards and reference read the
   prompt without the words. KL strength is fixed.
   """
-  check(1.0, kl_coef, kl_coef, 1, temperature)
+  check(1.0, kl_coef, kl_coef, 1)
   arrange.check_numbers(response_count=(response_count, 2, math.inf))
   columns = chosen(reward, objectives, least=2)
-  policy = tempered(model.policy('policy'), temperature)
-  fixed = tempered(model.policy('reference'), temperature)
+  as_drawn = partial(sampled, temperature=temperature, top_k=top_k, top_p=top_p)
+  policy = as_drawn(model.policy('policy'))
+  fixed = as_drawn(model.policy('reference'))
 
   def bare(stage):
     def on(bundle, batch, key):
@@ -262,12 +267,11 @@ def chosen(
   return [known.index(name) for name in objectives]
 
 
-def check(concentration, low, high, groups, temperature) -> None:
+def check(concentration, low, high, groups) -> None:
   """UserError unless (alpha, w) can be drawn; alpha = 1 has no w."""
   arrange.check_numbers(
     concentration=(concentration, 1e-3, math.inf),
     kl_coef_low=(low, 1e-6, 1 - 1e-6),
     kl_coef_high=(high, low, 1 - 1e-6),
     groups=(groups, 1, math.inf),
-    temperature=(temperature, 1e-6, math.inf),
   )

@@ -17,6 +17,7 @@ from alignjax.core import tree
 from alignjax.core.types import Follow, UserError
 from alignjax.losses.policy_gradient import leave_one_out
 from alignjax.models.tabular import tabular
+from alignjax.policies.combine import sampled
 from alignjax.recipes import cfg_distill as module
 from alignjax.recipes.cfg_distill import cfg_distill
 from alignjax.rewards import diversity as rewards
@@ -51,7 +52,9 @@ def recipe_of(table, rows, *, exact=True, **numbers):
   numbers = dict(guidance_scale=1.0, response_count=2) | numbers
   recipe = cfg_distill(model, embedder(rows), max_new_tokens=1, **numbers)
   if exact:
-    draws = [(model.policy('policy'), numbers['response_count'])]
+    cut = {k: numbers[k] for k in ('top_k', 'top_p') if k in numbers}
+    policy = sampled(model.policy('policy'), temperature=1.0, **cut)
+    draws = [(policy, numbers['response_count'])]
     arms = enumerate_arms(draws, arms=table.shape[1])
     recipe = recipe._replace(stages=(arms, *recipe.stages[1:]))
   return recipe
@@ -185,9 +188,10 @@ def gradient(recipe, rows=2):
   return np.asarray(state.params['policy']['logits'][0]) - before
 
 
-def analytic(table, rows):
-  """Gradient of D = 1 - pi' G pi in the logits."""
-  p = softmax(table[0])
+def analytic(table, rows, kept=slice(None)):
+  """Gradient of D = 1 - pi' G pi in the logits; pi is cut to `kept`."""
+  p = np.zeros(len(table[0]))
+  p[kept] = softmax(table[0][kept])
   apart = 1 - rows @ rows.T
   far = apart @ p
   return 2 * p * (far - p @ far)
@@ -204,6 +208,35 @@ def test_the_estimator_is_the_gradient(table, seed, response_count):
   for batch_rows in (1, 2):  # alone a prompt of two has no baseline
     found = gradient(recipe, batch_rows)
     np.testing.assert_allclose(found, analytic(table, rows), atol=2e-6)
+
+
+@pytest.mark.parametrize('response_count', [2, 3])
+@pytest.mark.parametrize('numbers', [{'top_k': 3}, {'top_p': 0.8}])
+def test_the_estimator_is_that_of_truncated_answers(numbers, response_count):
+  rows, table = vectors(4), TABLES[1]
+  numbers |= {'diversity_coef': 1.0, 'response_count': response_count}
+  found = gradient(recipe_of(table, rows, **numbers))
+  kept = np.argsort(-table[0])[: 3 if 'top_k' in numbers else 2]
+  np.testing.assert_allclose(found, analytic(table, rows, kept), atol=2e-6)
+  assert np.abs(found - analytic(table, rows)).max() > 0.01
+
+
+def test_what_cannot_be_drawn_learns_from_the_teacher(monkeypatch):
+  table = TABLES[0]
+  numbers = {'guidance_scale': 3.0, 'top_k': 2}
+  found = settled(recipe_of(table, vectors(4), **numbers), 0.5)
+  np.testing.assert_allclose(found, teacher_of(table, 3.0), atol=1e-5)
+  # A divergence over what truncation keeps would leave the rest as it was.
+  right = module.divergences.reverse
+  policy = tabular(table).policy('policy')
+  limit = sampled(policy, temperature=1.0, top_k=2).limit
+  monkeypatch.setattr(
+    module.divergences,
+    'reverse',
+    lambda p, q: right(p, limit(q, None)),
+  )
+  found = settled(recipe_of(table, vectors(4), **numbers), 0.5)
+  assert np.abs(found - teacher_of(table, 3.0)).max() > 0.05
 
 
 def wrong(monkeypatch, response_count=2):
@@ -313,12 +346,13 @@ def test_lerp_is_bit_for_bit_at_its_ends_and_logits_in_between():
     ({'diversity_coef': -1.0}, 'recipe.diversity_coef: found -1'),
     ({'diversity_coef': 1.0, 'response_count': 1}, 'recipe.response_count'),
     ({'guidance_scale': float('nan')}, 'recipe.guidance_scale'),
-    ({'temperature': 0.0}, 'recipe.temperature'),
+    ({'temperature': 0.0}, 'temperature = 0, top_k = 0 and top_p = 1'),
+    ({'top_p': 0.0}, 'top_p = 0: expected more than 0'),
   ],
 )
 def test_bad_numbers(numbers, message):
   with pytest.raises(UserError, match=message):
-    recipe_of(TABLES[0], vectors(4), **numbers)
+    recipe_of(TABLES[0], vectors(4), exact=False, **numbers)
 
 
 def test_rows_without_a_negative_prompt_are_told():

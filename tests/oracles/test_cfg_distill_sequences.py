@@ -230,10 +230,13 @@ def test_microbatches_change_nothing():
     np.testing.assert_allclose(a, b, atol=4e-6)
 
 
-def test_a_temperature_is_of_the_draws():
-  # KL at temperature 1; the sampler's log-probabilities at its own.
+@pytest.mark.parametrize(
+  'numbers', [{'temperature': 0.5, 'top_k': 5}, {'top_p': 0.3}]
+)
+def test_temperature_and_truncation_are_of_the_draws(numbers):
+  # KL of whole distributions; the sampler's log-probabilities are its own.
   model = tiny.model(layers=1)
-  recipe = cfg_distill(model, model, max_new_tokens=6, temperature=0.5)
+  recipe = cfg_distill(model, model, max_new_tokens=6, **numbers)
   bundle, batch = staged(model, recipe)
   loss, metrics = jax.jit(recipe.objective)(bundle, batch, None)
   assert float(metrics['logprob_gap'].value) < 1e-4

@@ -10,6 +10,7 @@ from alignjax import train
 from alignjax.core.types import Model, Policy, UserError
 from alignjax.models.tabular import tabular
 from alignjax.policies import conditioned
+from alignjax.policies.combine import sampled
 from alignjax.recipes import clp as recipes
 from alignjax.recipes.clp import clp
 from alignjax.stages import groups as grouping
@@ -60,6 +61,8 @@ def recipe_of(model, rewards=REWARDS, *, exact=True, groups=8, **numbers):
     return recipe
   vary = numbers['kl_coef_high'] > numbers['kl_coef_low']
   policy = conditioned.conditioned(model.policy, 'policy', reference=vary)
+  drawn = {k: numbers[k] for k in ('top_k', 'top_p') if k in numbers}
+  policy = sampled(policy, temperature=1.0, **drawn)
   arms = enumerate_arms([(policy, 1)], arms=rewards.shape[1])
   stages = (recipe.stages[0], grouping.grouped(arms, groups))
   return recipe._replace(stages=(*stages, *recipe.stages[2:]))
@@ -210,6 +213,55 @@ def test_microbatches_and_single_responses_change_nothing():
       np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+# The last arm is never among the four likeliest, nor in 0.998 of the mass.
+RARE = np.append(REF, 1e-4) / (1 + 1e-4)
+RARE_REWARDS = np.append(REWARDS, [[3.0], [3.0]], axis=1)
+
+
+@pytest.mark.parametrize(
+  'numbers, high',
+  [({'top_k': 4}, 0.5), ({'top_p': 0.998}, 0.9)],
+  ids=['alpha fixed', 'alpha drawn'],
+)
+def test_truncated_sampling_is_optimal_on_what_it_keeps(numbers, high):
+  model = table(RARE)
+  recipe = recipe_of(model, RARE_REWARDS, kl_coef_high=high, **numbers)
+  bundle, _ = fit(recipe, sgd(3.0), rows=8, steps=4000)
+  for w in SIMPLEX:
+    condition = recipes.mixing(jnp.asarray(w), 0.5, 0.5, high > 0.5)
+    found = at(model, bundle, condition)[:4]
+    expected = optimum(w, 0.5)
+    np.testing.assert_allclose(found / found.sum(), expected, atol=2e-5)
+  # What cannot be drawn is not learned about, whatever its reward.
+  for copy in bundle['policy']['copies'].values():
+    assert float(copy['logits'][0, 4]) == np.float32(np.log(RARE[4]))
+
+
+@pytest.mark.parametrize('make', [clp, recipes.told])
+def test_scoring_another_distribution_than_the_sampled_is_seen(make):
+  numbers = dict(objectives=('r0', 'r1'), max_new_tokens=1)
+  drawn = make(table(), scores(), top_k=2, **numbers)
+  whole = make(table(), scores(), **numbers)
+  begin = 2 if make is clp else 1  # up to and with the rollout
+  wrong = drawn.stages[:begin] + whole.stages[begin:]
+  for stages, recipe, right in (
+    (drawn.stages, drawn, True),
+    (wrong, whole, False),
+  ):
+    gap = gap_of(recipe._replace(stages=stages))
+    assert (gap < 1e-5) == right and (gap > 0.1) != right
+
+
+def gap_of(recipe):
+  state = init_state(recipe, sgd(1.0), 0, start={'reference': '@policy'})
+  prompt = jnp.zeros((8, 1), jnp.int32)
+  batch = {'id': jnp.arange(8, dtype=jnp.int32), 'prompt': prompt}
+  batch |= {'plain_prompt': prompt, 'condition': jnp.full((8, 2), 0.5)}
+  batch = train.stage_batch(recipe, state, batch, 0)
+  step = jax.jit(make_step(recipe, sgd(1.0)))
+  return step(state, batch)[1]['logprob_gap'].number
+
+
 def product() -> Model:
   """logits = log ref + b a: equal policies, unequal parameters."""
 
@@ -316,6 +368,8 @@ def test_conditions_depend_on_the_step_and_the_group_only():
     (dict(kl_coef_low=0.0), 'recipe.kl_coef_low: found 0'),
     (dict(concentration=0.0), 'recipe.concentration'),
     (dict(groups=0), 'recipe.groups: found 0'),
+    (dict(temperature=0.0), 'temperature = 0, top_k = 0 and top_p = 1'),
+    (dict(top_k=-1), 'top_k = -1 and top_p = 1: expected'),
   ],
 )
 def test_bad_numbers(numbers, message):
