@@ -26,6 +26,8 @@ from alignjax.core.types import (
 )
 from alignjax.system import mesh as meshes
 
+HEADS = ('scalar_head', 'embedding_head')
+
 
 def init_state(
   recipe: Recipe,
@@ -45,7 +47,8 @@ def init_state(
     seed: parameters are drawn from it, per role.
     start: role -> parameters, or '@role' for a copy of another role.
       Followers default to their leader. A role with a head of its own may
-      start from weights without one: its head is drawn.
+      start from weights without one: its head is drawn, and so has to be
+      trained.
     mesh, table: where leaves live; initialisation runs sharded.
     abstract: with a mesh: shapes and places only, nothing is allocated.
   """
@@ -53,7 +56,7 @@ def init_state(
   for role, follow in recipe.follow.items():
     if follow is not None:
       start.setdefault(role, f'@{follow.leader}')
-  _check_start(recipe, start)
+  check_start(recipe, start)
   given = {k: v for k, v in start.items() if not isinstance(v, str)}
 
   def build(given):
@@ -102,14 +105,37 @@ def init_state(
     return jax.jit(build, out_shardings=places)(given)
 
 
+def own_head(init: Callable) -> dict[str, Any]:
+  """{'scalar_head' or 'embedding_head': its shape}; {} for a plain net."""
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  return {name: shapes[name] for name in HEADS if name in shapes}
+
+
 def _with_head(params: Params, init: Callable, key) -> Params:
-  for head in ('scalar_head', 'embedding_head'):
-    if head in jax.eval_shape(init, key) and head not in params:
+  for head in own_head(init):
+    if head not in params:
       params = params | {head: init(key)[head]}
   return params
 
 
-def _check_start(recipe: Recipe, start: Mapping[str, Any]) -> None:
+def headless(recipe: Recipe, start: Mapping[str, Any]) -> dict[str, str]:
+  """Fixed roles whose head nobody gives -> its name.
+
+  It would stay as it is drawn: 0 for a scalar, so that all numbers are alike.
+  """
+  out = {}
+  for role, origin in start.items():
+    if role not in recipe.follow or recipe.follow[role] is not None:
+      continue
+    for head in own_head(recipe.init[role]):
+      copied = isinstance(origin, str)
+      if head not in (own_head(recipe.init[origin[1:]]) if copied else origin):
+        out[role] = head
+  return out
+
+
+def check_start(recipe: Recipe, start: Mapping[str, Any]) -> None:
+  """UserError unless `start` of `init_state` makes sense."""
   roles = sorted(recipe.init)
   for role, origin in start.items():
     if role not in roles:
@@ -121,6 +147,11 @@ def _check_start(recipe: Recipe, start: Mapping[str, Any]) -> None:
         f'start.{role}: {origin!r} is no role with weights of its own; '
         f'the recipe has {roles}'
       )
+  for role, head in headless(recipe, start).items():
+    raise UserError(
+      f'start.{role}: its weights have no {head}, and the recipe never trains '
+      'this role; expected those of a net that has one'
+    )
 
 
 def make_step(

@@ -12,6 +12,7 @@ from alignjax.core.types import UserError
 from alignjax.models.recurrentgemma import recurrentgemma
 from alignjax.models.sharding import TABLE
 from alignjax.policies import lm
+from alignjax.recipes.clp import clp
 from alignjax.recipes.jbond import jbond
 from alignjax.recipes.sft import sft
 from alignjax.step import init_state, make_step
@@ -116,6 +117,70 @@ def test_a_rollout_and_its_update_on_any_mesh():
     assert other_found['logprob_gap'].number < 1e-4
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other)):
       np.testing.assert_allclose(a, b, atol=5e-5, err_msg=str(axes))
+
+
+def conditioned(**numbers):
+  shape = tiny.config(vocab_size=32, width=16, layers=1, heads=2, hidden=16)
+  return clp(
+    lm.model(shape, Tokens),
+    tiny.two,
+    **dict(objectives=tiny.two.names, groups=2, max_new_tokens=4) | numbers,
+  )
+
+
+def prompts_of(rows):
+  batch = tiny.batch(rows)
+  return batch | {'prompt': batch['prompt'] % 30}
+
+
+# All leaves twice and the reference as one more end; an output table twice.
+CLP = ({'kl_coef_low': 0.2, 'kl_coef_high': 0.8}, {'copied': 'logits'})
+
+
+@pytest.mark.parametrize(
+  'numbers',
+  [CLP[0], pytest.param(CLP[1], marks=pytest.mark.slow)],
+  ids=['full', 'logits'],
+)
+def test_microbatches_of_a_mixture_are_its_batch(numbers):
+  recipe = conditioned(**numbers)
+  tx = optimizer(10, algorithm='sgd', lr=1.0, clip_norm=0.0)
+  state = init_state(recipe, tx, 0, start={'reference': '@policy'})
+  batch = train.stage_batch(recipe, state, prompts_of(8), 0)
+  assert len(np.unique(np.asarray(batch['condition'])[:, 0])) == 2
+  before = jax.device_get(state.params)
+  (one, found), (two, other) = (
+    jax.jit(make_step(recipe, tx, microbatches=parts))(state, batch)
+    for parts in (1, 2)
+  )
+  for name in found:
+    assert found[name].number == pytest.approx(
+      other[name].number, rel=1e-5, abs=1e-6
+    )
+  # sgd at a rate of 1: what moves is the gradient.
+  leaves = [jax.tree.leaves(x) for x in (before, one.params, two.params)]
+  for start, a, b in zip(*leaves):
+    assert np.abs(a - start).max() > 1e-4
+    np.testing.assert_allclose(a - start, b - start, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('axes', MESHES[:2], ids=str)
+@pytest.mark.parametrize('numbers', CLP, ids=['full', 'logits'])
+def test_a_mixture_on_any_mesh(numbers, axes):
+  recipe = conditioned(**numbers)
+  params, staged, found = one_step(recipe, prompts_of(8), None)
+  other, other_staged, other_found = one_step(recipe, prompts_of(8), axes)
+  np.testing.assert_array_equal(staged['response'], other_staged['response'])
+  np.testing.assert_allclose(
+    staged['condition'], other_staged['condition'], atol=1e-6
+  )
+  assert other_found['logprob_gap'].number < 1e-4
+  assert other_found['grad_norm'].number == pytest.approx(
+    found['grad_norm'].number, rel=1e-4
+  )
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other)):
+    np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_masters_are_stored_once():

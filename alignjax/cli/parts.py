@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from alignjax import step
 from alignjax.core import lookup, tree
 from alignjax.core.types import Model, Params, Recipe, Reward, UserError
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, fingerprint
@@ -190,7 +191,7 @@ def opened(
   config: Config,
   what: str,
   *,
-  head: str = 'tied',
+  head: str | None = 'tied',
   weights: Sequence[float] | None = None,
 ) -> Opened:
   """A model on disk, which must be of `config`; `weights` mix a conditioned."""
@@ -210,7 +211,8 @@ def opened(
 def check_start(config: ConfigDict, recipe: Recipe) -> None:
   """UserError for a fixed role of which nobody said where it comes from.
 
-  Weights that are never trained and come from no file would be noise. '' says
+  Weights that are never trained and come from no file would be noise, and so
+  would be the head of one that starts as a copy of a role without it. '' says
   that this is meant.
   """
   told = {*config.start, *_paths(config)}
@@ -226,16 +228,28 @@ def check_start(config: ConfigDict, recipe: Recipe) -> None:
       f'start.{role}: the recipe never trains this role, so say what it is: '
       "a model's path, '@policy' for a copy of the start"
     )
+  copies = {
+    role: origin
+    for role, origin in config.start.items()
+    if origin and origin.startswith('@') and origin[1:] in recipe.init
+  }
+  for role, head in step.headless(recipe, copies).items():
+    where = f'{role}.path' if role in GUESTS else f'start.{role}'
+    raise UserError(
+      f'start.{role} = {copies[role]!r}: that role has no {head}, and the '
+      f'recipe never trains {role}; expected {where} = the directory of a '
+      f'model whose head is of the kind {head.removesuffix("_head")!r}'
+    )
 
 
 def start(
-  config: ConfigDict, policy: Config, tokens: Any, roles: Iterable[str]
+  config: ConfigDict, policy: Config, tokens: Any, recipe: Recipe
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """(role -> parameters or '@role', role -> digest of what was read).
 
   From the section `start` and those of guests: a role is of the policy's shape,
-  but one at `<role>.path` is of its own. `roles` are those of the recipe, which
-  may have no use for a guest.
+  but one at `<role>.path` is of its own. The recipe may have no use for a
+  guest.
   """
   begin = {role: origin for role, origin in config.start.items() if origin}
   guests = _paths(config)
@@ -245,7 +259,7 @@ def start(
         f'start.{role} = {begin[role]!r} and {role}.path = {path!r}: '
         'expected one of them'
       )
-    if role in roles:
+    if role in recipe.init:
       begin[role] = path
   origins, digests = {}, {}
   for role, origin in begin.items():
@@ -255,10 +269,39 @@ def start(
     own = role in guests
     shape = guest_config(config, role, tokens) if own else policy
     what = f'{role}.path' if own else f'start.{role}'
-    found = opened(origin, shape, what, head=GUESTS.get(role, 'tied'))
+    if role not in recipe.init:
+      roles = sorted(recipe.init)
+      raise UserError(f'{what}: no role {role!r}; the recipe has {roles}')
+    found = _for_role(recipe, role, origin, shape, what)
     origins[role] = load_params(found, shape)
     digests[role] = digest(found)
   return origins, digests
+
+
+def _for_role(
+  recipe: Recipe, role: str, path: str, shape: Config, what: str
+) -> Opened:
+  """The model that a role starts from.
+
+  A trained role with a head of its own may start from a net without one.
+  """
+  heads = step.own_head(recipe.init[role])
+  kind = next((name.removesuffix('_head') for name in heads), 'tied')
+  fixed = role in recipe.follow and recipe.follow[role] is None
+  if fixed or not heads:
+    return opened(path, shape, what, head=kind)
+  found = opened(path, shape, what, head=None)
+  for name in step.HEADS:
+    has = found.leaves.get(name)
+    if has is not None and (
+      name not in heads or has.shape != heads[name].shape
+    ):
+      expected = ', '.join(f'{n} {list(x.shape)}' for n, x in heads.items())
+      raise UserError(
+        f'{what}: {found.path} has {name} {list(has.shape)}, expected a '
+        f'language model or one with {expected}'
+      )
+  return found
 
 
 def guests(

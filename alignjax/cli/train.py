@@ -115,7 +115,7 @@ def _train(config, workdir: Path, step: int | None) -> int:
   )
   tx = lookup.build('system', config.optimizer, schedule.steps * recipe.updates)
   meshes.check_rows(mesh, config.batch_size, schedule.microbatches)
-  origins, digests = parts.start(config, shape, tokens, recipe.init)
+  origins, digests = parts.start(config, shape, tokens, recipe)
 
   if step is None:
     workdir.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ The quantile is counted among `quantile_count` further draws, or with
 `quantile='learned'` told by a classifier: a second trained role, `quantile`,
 the same net with a scalar head that reads prompt and response. It is fitted at
 the same time to 1{r(y') <= r(y)} of one anchor draw y' (of `quantile_count`).
-`start.quantile = '@policy'` begins with the policy's weights.
+`start.quantile` may be '@policy', or a model directory with such a head or
+without one.
 
 The anchor stays the reference, is replaced by the policy every `anchor_period`
 steps (iterative BOND, n = 2 or 4), or follows it as a moving average of

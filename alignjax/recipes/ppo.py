@@ -6,8 +6,10 @@ trained role, `value`, is the same net with a scalar head; advantages are
 generalised estimates from its values (arXiv 1506.02438). Policy and value are
 clipped around where they were when the rollout was drawn (equation 7 for the
 policy). The reference is fixed. `start.value = '@policy'` begins with the
-policy's weights and a head of zeros; an optimizer table with a rule such as
-('value/.*', 3.0) gives the value role another learning rate.
+policy's weights and a head of zeros, a model directory with its weights and,
+where it has one, its scalar head (the `model_value` of a run); an optimizer
+table with a rule such as ('value/.*', 3.0) gives the value role another
+learning rate.
 
 Deviations from the papers: one pass over a rollout, in `updates` minibatches,
 not several; a response that the length limit ends is taken for finished.

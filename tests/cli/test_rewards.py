@@ -5,9 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from alignjax.cli import calibrate, train
 from alignjax.cli import config as configs
+from alignjax.core import lookup
 from alignjax.core.lookup import defaults
 from alignjax.core.types import UserError
 from alignjax.data.tokenizer import ByteTokenizer
@@ -21,11 +23,12 @@ from tests.chaos.programs import write_text
 
 
 def write(path, config, head):
-  init = decoder.init_scalar if head.startswith('scalar') else decoder.init
-  params = dict(jax.jit(lambda key: init(config, key))(jax.random.key(3)))
-  if 'scalar_head' in params:
-    shape = params['scalar_head'].shape
-    params['scalar_head'] = jax.random.normal(jax.random.key(4), shape)
+  init = jax.jit(lambda key: decoder.init(config, key))
+  params = dict(init(jax.random.key(3)))
+  if head != 'tied':
+    kind, size = head.removesuffix(')').split('(')
+    shape = (config.width, int(size))
+    params[f'{kind}_head'] = jax.random.normal(jax.random.key(4), shape)
   canonical = jax.device_get(decoder.canonical(params))
   model_dir.write(
     path,
@@ -145,6 +148,68 @@ def test_what_was_saved_is_what_scores(where):
     reward({'reward_model': loaded}, batch, None),
     reward({'reward_model': params}, batch, None),
   )
+
+
+def test_a_copy_of_the_policy_is_no_reward_model(where, tmp_path):
+  config = settings(where)
+  config['start']['reward_model'] = '@policy'
+  config['reward_model']['path'] = ''
+  words = (
+    r"start.reward_model = '@policy': .* no scalar_head.* expected "
+    r"reward_model.path = .* 'scalar'"
+  )
+  with pytest.raises(UserError, match=words):
+    run(train, tmp_path, config)
+  assert not (tmp_path / 'run').exists()
+
+
+def started(where, folder, **changes):
+  """PPO's state before the first step, where `start.value` is a folder."""
+  from alignjax.cli import parts
+  from alignjax.step import init_state
+  from alignjax.system.optimizer import optimizer
+
+  shape, tokens = tiny.config(layers=1), ByteTokenizer()
+  recipe = lookup.build(
+    'recipes',
+    defaults('recipes', 'ppo', max_new_tokens=4),
+    lm.model(shape, tokens),
+    tiny.evenness,
+  )
+  recipe = recipe._replace(follow=recipe.follow | changes)
+  begin = {'policy': str(where / 'policy'), 'reference': '@policy'}
+  config = ConfigDict({'start': begin | {'value': str(where / folder)}})
+  origins, digests = parts.start(config, shape, tokens, recipe)
+  assert set(digests) == {'policy', 'value'}
+  return init_state(recipe, optimizer(1), 0, start=origins).params['value']
+
+
+def test_a_value_role_starts_from_a_folder_with_or_without_its_head(where):
+  shape = tiny.config(layers=1)
+  written = write(where / 'value', shape, 'scalar(1)')
+  found = started(where, 'value')
+  jax.tree.map(np.testing.assert_array_equal, found, written)
+  assert np.any(found['scalar_head'])
+  plain = dict(started(where, 'policy'))
+  assert not np.any(plain.pop('scalar_head'))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    plain,
+    {k: v for k, v in written.items() if k != 'scalar_head'},
+  )
+
+
+def test_heads_that_do_not_fit_are_told(where):
+  shape = tiny.config(layers=1)
+  write(where / 'two', shape, 'scalar(2)')
+  write(where / 'encoder', shape, 'embedding(6)')
+  for folder, has in (('two', 'scalar_head.* 2'), ('encoder', 'embedding_')):
+    words = rf'start.value: .* has {has}.*one with scalar_head \[32, 1\]'
+    with pytest.raises(UserError, match=words):
+      started(where, folder)
+  # One that is never trained brings its head along.
+  with pytest.raises(UserError, match="head is 'tied', expected 'scalar'"):
+    started(where, 'policy', value=None)
 
 
 @pytest.mark.parametrize(

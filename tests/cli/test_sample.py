@@ -1,5 +1,6 @@
 """Text from the command line, and conversations: scripted, typed, cut short."""
 
+import io
 import os
 import pty
 import signal
@@ -17,9 +18,10 @@ from alignjax.cli import sample as cli
 from alignjax.core import tree
 from alignjax.core.types import UserError
 from alignjax.data.format import chat_tokens
-from alignjax.data.tokenizer import Tokenizer, train
+from alignjax.data.tokenizer import train
 from alignjax.models import decoder
 from alignjax.models.config import to_json
+from alignjax.policies import conditioned
 from alignjax.system import model_dir
 from tests import tiny
 from tests.data.test_tokenizer import lookalike
@@ -86,24 +88,24 @@ def test_a_scripted_conversation(path):
   )
   assert done.returncode == 0 and err == ''
   # The same as the library says, and again when all is forgotten.
-  tokens = Tokenizer.load(path / 'tokenizer.model')
+  model = api.load(path)
   messages = [
     {'role': 'system', 'content': 'Be brief'},
     {'role': 'user', 'content': 'Hi'},
   ]
-  first = greedy(path, tokens, messages, 9)
+  first = greedy(model, messages, 9)
   messages += [
     {'role': 'model', 'content': first},
     {'role': 'user', 'content': 'And you?'},
   ]
-  second = greedy(path, tokens, messages, 9)
+  second = greedy(model, messages, 9)
   assert first != second
   assert out == f'{first}\n{second}\n{first}\n'
 
 
-def greedy(path, tokens, messages, length):
+def greedy(model, messages, length):
   """The full pass again for every token."""
-  model = api.load(path)
+  tokens = model.tokenizer
   ids = chat_tokens(tokens, messages, generate=True).ids
   start = len(ids)
   for _ in range(length):
@@ -117,6 +119,40 @@ def greedy(path, tokens, messages, length):
     if ids[-1] in tokens.stop:
       break
   return tokens.decode(ids[start:])
+
+
+@pytest.mark.parametrize('copied', ['full', 'logits'])
+def test_a_conversation_with_a_mixture(
+  copied, model, tmp_path, monkeypatch, capsys
+):
+  params = decoder.stacked(model.config, model.params)
+  role = conditioned.split(params, 2, copied)
+  role['copies']['1'] = jax.tree.map(lambda x: -x, role['copies']['1'])
+  model_dir.write(
+    tmp_path / 'both',
+    config=to_json(model.config),
+    params=conditioned.roles(role, decoder.canonical),
+    view='conditioned',
+    head='untied' if copied == 'logits' else 'tied',
+    provenance={'condition': ['kind', 'brief']},
+    tokenizer=model.files[0],
+  )
+  argv = [str(tmp_path / 'both'), '--chat', '--temperature=0']
+  argv.append('--max_new_tokens=6')
+  said = []
+  for weights in ((1.0, 0.0), (0.3, 0.7)):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Hi\n'))
+    words = ','.join(map(str, weights))
+    assert cli.main([*argv, f'--weights={words}']) == 0
+    said.append(capsys.readouterr().out)
+    messages = [{'role': 'user', 'content': 'Hi'}]
+    mixed = api.load(tmp_path / 'both', weights=weights)
+    assert said[-1] == f'{greedy(mixed, messages, 6)}\n'
+  assert said[0] != said[1]
+  with pytest.raises(UserError, match=r"\['kind', 'brief'\], so it needs 2"):
+    cli.main(argv)
+  with pytest.raises(UserError, match='outside the simplex'):
+    cli.main([*argv, '--weights=0.3,0.3'])
 
 
 def until(terminal, word, limit=120):

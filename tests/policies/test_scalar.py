@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
+from alignjax.core.types import UserError
 from alignjax.losses.logprob import token_logp
 from alignjax.models import sharding
 from alignjax.recipes.ppo import ppo
@@ -77,6 +78,19 @@ def test_a_value_role_starts_from_a_language_model(origin):
   assert not value.pop('scalar_head').any()
   jax.tree.map(np.testing.assert_array_equal, value, state.params['policy'])
   assert set(state.frozen['reference']) == set(state.params['policy'])
+
+
+def test_a_fixed_role_is_not_given_a_head():
+  # Its numbers would all be 0, and nothing would ever train it.
+  recipe = ppo(MODEL, tiny.evenness, max_new_tokens=4)
+  fixed = recipe._replace(follow={'reference': None, 'value': None})
+  plain = jax.jit(MODEL.init)(jax.random.key(7))
+  for origin in ('@policy', plain):
+    with pytest.raises(UserError, match='start.value: .* no scalar_head'):
+      init_state(fixed, optimizer(1), 0, start={'value': origin})
+  given = {'value': value_role()}
+  state = init_state(fixed, optimizer(1), 0, start=given)
+  assert state.frozen['value']['scalar_head'].any()
 
 
 def test_a_table_gives_the_value_role_its_own_learning_rate():
