@@ -7,6 +7,7 @@ their numbers are read from the sources: help needs no import of them.
 import argparse
 import ast
 import functools
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -234,8 +235,7 @@ def main(argv: Sequence[str]) -> int:
   settings, numbers = _settings(argv)
   _check(settings)
 
-  from alignjax.merge import driver, planning
-  from alignjax.system import metrics
+  from alignjax.merge import planning
 
   dry_run = settings.pop('dry_run')
   name = settings.pop('method')
@@ -249,6 +249,26 @@ def main(argv: Sequence[str]) -> int:
       print(f'would write {output.path}')
     return console.OK
   begun = time.monotonic()
+  try:
+    results = _run(what)
+  except KeyboardInterrupt:
+    print(
+      'alignjax merge: interrupted; the same command continues', file=sys.stderr
+    )
+    return console.INTERRUPTED
+  for result in results:
+    print(f'wrote {result}')
+  seconds = time.monotonic() - begun
+  written = sum(output.bytes for output in what.outputs)
+  moved = (what.read_bytes + written) / 1e9
+  print(f'{moved:.2f} GB in {seconds:.1f} s')
+  return console.OK
+
+
+def _run(what: Any) -> list[Any]:
+  from alignjax.merge import driver
+  from alignjax.system import metrics
+
   with metrics.progress('merge', what.passes * len(what.leaves)) as advance:
     done = 0
 
@@ -257,14 +277,7 @@ def main(argv: Sequence[str]) -> int:
       done += 1
       advance(done, text)
 
-    results = driver.run(what, step)
-  for result in results:
-    print(f'wrote {result}')
-  seconds = time.monotonic() - begun
-  written = sum(output.bytes for output in what.outputs)
-  moved = (what.read_bytes + written) / 1e9
-  print(f'{moved:.2f} GB in {seconds:.1f} s')
-  return console.OK
+    return driver.run(what, step)
 
 
 def _said(name: str, what: Any) -> str:

@@ -9,6 +9,8 @@ from etils import epath
 
 from alignjax.core.types import UserError
 
+_TASK = '.task'
+
 
 def check_free(path: epath.Path, mark: str, overwrite: bool) -> None:
   """Raises UserError if `path` must not be written to.
@@ -28,21 +30,33 @@ def check_free(path: epath.Path, mark: str, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def replaced(path: epath.Path, needed_bytes: int = 0) -> Iterator[epath.Path]:
+def replaced(
+  path: epath.Path, needed_bytes: int = 0, task: str = ''
+) -> Iterator[epath.Path]:
   """Yields a directory that becomes `path` when the block ends.
 
   After an error there is none, and an old one is untouched. Raises UserError
   if `needed_bytes` have no room, or the disk runs full all the same.
+
+  With a `task`, a text that names what is to be in it, an interrupted or killed
+  block leaves what it has, and the next block of the same task is given that.
   """
   partial = path.parent / f'.{path.name}.partial'
+  mark = partial / _TASK
   try:
-    _remove(partial)
-    partial.mkdir(parents=True)
-    _check_room(path, partial, needed_bytes)
+    if not (task and mark.exists() and mark.read_text() == task):
+      _remove(partial)
+      partial.mkdir(parents=True)
+      _check_room(path, partial, needed_bytes)
+      if task:
+        mark.write_text(task)
     yield partial
+    mark.unlink(missing_ok=True)
     _swap(partial, path)
   except BaseException as error:
-    _remove(partial)
+    interrupted = not isinstance(error, Exception)
+    if not (task and interrupted):
+      _remove(partial)
     if _is_disk_full(error):
       raise UserError(f'disk full while writing {path}') from error
     raise

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from alignjax.core.journal import Put
 from alignjax.core.types import UserError
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.interop import deepmind, hf
@@ -231,11 +232,17 @@ def _dtype(stored: Any, dtype: str) -> np.dtype:
 
 
 @contextlib.contextmanager
-def writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
-  """put(name, array) of the destination's format."""
+def writer(what: Plan, task: str = '') -> Iterator[Put]:
+  """put(name, array) of the destination's format.
+
+  After an interruption the same `task` continues, where the format can: names
+  in `put.finished` are there.
+  """
   common: dict[str, Any] = dict(
     files=what.source.files, overwrite=what.overwrite
   )
+  if '://' in str(what.path):
+    task = ''  # only local files can be continued
   provenance = what.provenance
   if what.to == 'alignjax':
     with model_dir.writer(
@@ -243,9 +250,14 @@ def writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
       config=to_json(what.config),
       provenance=provenance,
       head=what.source.head,
+      task=task,
       **common,
     ) as put:
-      yield lambda name, array: _put_ours(what, put, name, array)
+      ours = {_place(what, name): name for name in (*what.leaves, *what.extra)}
+      yield Put(
+        lambda name, array: put(*_place(what, name), array),
+        frozenset(ours[place] for place in put.finished if place in ours),
+      )
   elif what.to == 'deepmind':
     with deepmind.writer(
       what.path,
@@ -254,7 +266,7 @@ def writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
       needed_bytes=what.bytes,
       **common,
     ) as put:
-      yield put
+      yield Put(put)
   else:
     source: Mapping[str, Any] = provenance.get('source', {})
     if source.get('format') != 'hf':
@@ -265,14 +277,15 @@ def writer(what: Plan) -> Iterator[Callable[[str, Any], None]]:
       {**what.leaves, **what.extra},
       source=source,
       record={k: provenance[k] for k in _RECORDED if k in provenance},
+      task=task,
       **common,
     ) as put:
       yield put
 
 
-def _put_ours(what: Plan, put, name: str, array: np.ndarray) -> None:
+def _place(what: Plan, name: str) -> tuple[str, str]:
+  """Role and leaf of a name, in our directories."""
   if name in what.leaves:
-    put(what.role, name, array)
-  else:
-    # A '.' joins the parts of a name in Hugging Face's files.
-    put(EXTRA, name.replace('.', '/'), array)
+    return what.role, name
+  # A '.' joins the parts of a name in Hugging Face's files.
+  return EXTRA, name.replace('.', '/')

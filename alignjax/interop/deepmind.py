@@ -29,7 +29,7 @@ from alignjax.interop import (
 from alignjax.interop.hf import FILES
 from alignjax.interop.opened import Opened
 from alignjax.models.config import Config, from_json, to_json
-from alignjax.system import model_dir
+from alignjax.system import leaf_files, model_dir
 
 SIDE_FILE = 'alignjax.json'
 FORMAT = 1
@@ -361,7 +361,7 @@ class _Assembly:
 
   def _flush(self) -> None:
     if self._whole:
-      model_dir.save_part(self._folder, self._whole)
+      leaf_files.save(self._folder, self._whole, model_dir.PART_BYTES)
     self._whole.clear()
 
 

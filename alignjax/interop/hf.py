@@ -9,10 +9,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from alignjax.core import directory, tree
+from alignjax.core.journal import Put
 from alignjax.core.types import UserError
 from alignjax.interop import (
   hf_config,
@@ -137,10 +137,12 @@ def writer(
   record: Mapping[str, Any] = {},  # noqa: B006
   overwrite: bool = False,
   shard_bytes: int = safetensors.SHARD_BYTES,
-) -> Iterator[Callable[[str, Any], None]]:
+  task: str = '',
+) -> Iterator[Put]:
   """Writes a directory that transformers loads: all of it or nothing.
 
-  Yields put(name, array), to be called once for each of `leaves`.
+  Yields put(name, array), to be called once for each of `leaves` that is not
+  in `put.finished`.
 
   Args:
     path: must not exist, unless it is such a directory and `overwrite`.
@@ -153,6 +155,7 @@ def writer(
     record: JSON that `read` gives back as provenance, in a file of its own.
     overwrite: replace an existing directory.
     shard_bytes: a file is closed before it would grow beyond this.
+    task: names what is written; the same one continues after an interruption.
 
   Raises UserError before anything is written if no family of Hugging Face's
   has these leaves or there is no room, and if the disk runs full.
@@ -166,20 +169,22 @@ def writer(
   names, heads = _names(model_type, leaves, source)
   specs = {name: _stored(leaves[leaf], form) for leaf, name, form in names}
   specs |= dict.fromkeys(heads, table)
-  total = sum(
-    math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in specs.values()
-  )
+  total = sum(map(safetensors.size, specs.values()))
   forms = {leaf: (name, form) for leaf, name, form in names}
 
   def put(leaf: str, array: Any) -> None:
-    name, form = forms[leaf]
-    write(name, form.store(np.asarray(array)))
-    for head in heads if leaf == 'embedding' else ():
-      write(head, np.asarray(array))
+    for name in targets(leaf) - write.finished:
+      write(name, forms[leaf][1].store(np.asarray(array)))
 
-  with directory.replaced(path, total) as partial:
-    with safetensors.writer(partial, specs, shard_bytes=shard_bytes) as write:
-      yield put
+  def targets(leaf: str) -> set[str]:
+    return {forms[leaf][0], *(heads if leaf == 'embedding' else ())}
+
+  with directory.replaced(path, total, task) as partial:
+    with safetensors.writer(
+      partial, specs, shard_bytes=shard_bytes, resume=bool(task)
+    ) as write:
+      there = {leaf for leaf in forms if targets(leaf) <= write.finished}
+      yield Put(put, frozenset(there))
     text = json.dumps(facts, indent=2, ensure_ascii=False) + '\n'
     (partial / CONFIG).write_text(text)
     if record:

@@ -9,7 +9,8 @@ this format: it never unpickles and never guesses.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, TypeGuard
 
 import jax
@@ -17,12 +18,14 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from alignjax.core.journal import Journal, Put
 from alignjax.core.types import UserError
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 HEADER_BYTES = 100_000_000  # the format's own limit
 SHARD_BYTES = 4 * 10**9
+_JOURNAL = '.finished'
 
 # From narrow to wide: files hold the widest tensors first, which aligns them.
 DTYPES = {
@@ -41,8 +44,6 @@ DTYPES = {
   'U64': np.dtype('<u8'),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-Put = Callable[[str, np.ndarray], None]
 
 
 class Tensor(NamedTuple):
@@ -146,12 +147,15 @@ def writer(
   tensors: Mapping[str, jax.ShapeDtypeStruct],
   *,
   shard_bytes: int = SHARD_BYTES,
+  resume: bool = False,
 ) -> Iterator[Put]:
   """Writes tensors as one file, or as shards with an index.
 
   Yields put(name, array), to be called once for every tensor, in any order;
   nothing is held back. Within a shard tensors lie as the safetensors package
   lays them. The directory must exist; swapping it in is the caller's job.
+  With `resume`, tensors that are there, of this shape and with the checksum
+  that was noted when they were written, are `put.finished`.
 
   Args:
     directory: where the files go.
@@ -162,13 +166,19 @@ def writer(
   shards = _shards(tensors, shard_bytes)
   places: dict[str, tuple[IO[bytes], int]] = {}
   left = set(tensors)
+  journal = _continued(directory, tensors, shards) if resume else None
+  finished = frozenset(journal.found if journal else ())
+  left -= finished
   with contextlib.ExitStack() as stack:
     for file, names in shards.items():
-      stream = stack.enter_context((directory / file).open('wb'))
-      places |= {
-        name: (stream, start)
-        for name, start in _write_header(stream, tensors, names).items()
-      }
+      if finished.isdisjoint(names):
+        opened = (directory / file).open('wb')
+      else:
+        opened = open(directory / file, 'r+b')  # epath cannot
+      stream: IO[bytes] = stack.enter_context(opened)
+      header, starts = _header(tensors, names)
+      stream.write(header)
+      places |= {name: (stream, start) for name, start in starts.items()}
 
     def put(name: str, array: np.ndarray) -> None:
       spec = tensors[name]
@@ -181,14 +191,47 @@ def writer(
         )
       stream, start = places[name]
       stream.seek(start)
-      stream.write(_bytes(array))
+      data = _bytes(array)
+      stream.write(data)
       left.remove(name)
+      if journal is not None:
+        stream.flush()
+        journal.add(name, f'{zlib.crc32(data):08x}')
 
-    yield put
+    yield Put(put, finished)
     if left:
       raise ValueError(f'tensors never put: {sorted(left)}')
+  if journal is not None:
+    journal.remove()
   if len(shards) > 1:
     (directory / INDEX).write_text(_index(tensors, shards))
+
+
+def _continued(
+  directory: epath.Path,
+  tensors: Mapping[str, jax.ShapeDtypeStruct],
+  shards: Mapping[str, Sequence[str]],
+) -> Journal:
+  """The journal of a writer that was interrupted: what it had finished."""
+  places = {
+    name: (directory / file, start)
+    for file, names in shards.items()
+    for name, start in _header(tensors, names)[1].items()
+  }
+
+  def checksum(name: str) -> str | None:
+    if name not in places:
+      return None
+    (file, start), spec = places[name], tensors[name]
+    try:
+      data = read(Tensor(name, file, spec.shape, np.dtype(spec.dtype), start))
+    except (OSError, UserError):  # not there, or shorter than it was
+      return None
+    return f'{zlib.crc32(_bytes(data)):08x}'
+
+  journal = Journal(directory / _JOURNAL)
+  journal.confirm(checksum)
+  return journal
 
 
 def _entries(file: epath.Path, text: bytes) -> dict[str, Any]:
@@ -293,11 +336,11 @@ def _shards(
   shards: list[list[str]] = [[]]
   filled = 0
   for name, spec in tensors.items():
-    if shards[-1] and filled + _size(spec) > shard_bytes:
+    if shards[-1] and filled + size(spec) > shard_bytes:
       shards.append([])
       filled = 0
     shards[-1].append(name)
-    filled += _size(spec)
+    filled += size(spec)
   if len(shards) == 1:
     return {SINGLE: shards[0]}
   return {
@@ -306,22 +349,21 @@ def _shards(
   }
 
 
-def _size(spec: jax.ShapeDtypeStruct) -> int:
+def size(spec: jax.ShapeDtypeStruct) -> int:
+  """Bytes of an array."""
   return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
-def _write_header(
-  stream: IO[bytes],
-  tensors: Mapping[str, jax.ShapeDtypeStruct],
-  names: Sequence[str],
-) -> dict[str, int]:
-  """Where each tensor of a file begins, once its header is written."""
+def _header(
+  tensors: Mapping[str, jax.ShapeDtypeStruct], names: Sequence[str]
+) -> tuple[bytes, dict[str, int]]:
+  """The beginning of a file, and where each of its tensors begins."""
   codes = {name: CODES[np.dtype(tensors[name].dtype)] for name in names}
   order = list(DTYPES)
   entries: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   end = 0
   for name in sorted(names, key=lambda n: (-order.index(codes[n]), n)):
-    start, end = end, end + _size(tensors[name])
+    start, end = end, end + size(tensors[name])
     entries[name] = {
       'dtype': codes[name],
       'shape': list(tensors[name].shape),
@@ -329,9 +371,9 @@ def _write_header(
     }
   text = json.dumps(entries, separators=(',', ':'), ensure_ascii=False).encode()
   text += b' ' * (-len(text) % 8)
-  stream.write(len(text).to_bytes(8, 'little') + text)
   data = 8 + len(text)
-  return {name: data + entries[name]['data_offsets'][0] for name in names}
+  places = {name: data + entries[name]['data_offsets'][0] for name in names}
+  return len(text).to_bytes(8, 'little') + text, places
 
 
 def _index(
@@ -339,7 +381,7 @@ def _index(
   shards: Mapping[str, Sequence[str]],
 ) -> str:
   facts = {
-    'metadata': {'total_size': sum(map(_size, tensors.values()))},
+    'metadata': {'total_size': sum(map(size, tensors.values()))},
     'weight_map': {
       name: file for file, names in shards.items() for name in names
     },

@@ -8,8 +8,10 @@ base. Not the place for a method's formula: those are in `methods/`.
 """
 
 import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
@@ -30,7 +32,8 @@ Step = Callable[[str], None]  # told 'what happened' after each leaf
 def run(what: Plan, step: Step = lambda text: None) -> list[epath.Path]:
   """Merges; results appear when the pass is complete, none after an error.
 
-  `step` is called after each leaf of each pass.
+  After an interruption or a kill the same merge goes on with the leaves that
+  are not finished. `step` is called after each leaf of each pass.
   """
   blocks.keep_freed_memory()
   with contextlib.ExitStack() as stack:
@@ -41,17 +44,20 @@ def run(what: Plan, step: Step = lambda text: None) -> list[epath.Path]:
     for output, numbers in zip(what.outputs, what.numbers):
       record = {**output.provenance, **_provenance(what, numbers, totals)}
       output = output._replace(provenance=record)
-      puts.append(stack.enter_context(convert.writer(output)))
+      task = _task(what, record)
+      puts.append(stack.enter_context(convert.writer(output, task)))
     behind = stack.enter_context(_behind())
     for name, spec in what.leaves.items():
-      found = _merged(what, name, spec, totals, scratch, pool)
-      for put, output, array in zip(puts, what.outputs, found):
-        behind(put, name, convert.cast(array, output.leaves[name]))
-      step(f'merged {name}')
+      left = [i for i, put in enumerate(puts) if name not in put.finished]
+      found = _merged(what, left, name, spec, totals, scratch, pool)
+      for i, array in zip(left, found):
+        array = convert.cast(array, what.outputs[i].leaves[name])
+        behind(puts[i], name, array)
+      step(f'merged {name}' if left else f'found {name}')
     for name in what.base.extra:
       leaf = what.base.load_extra(name)
       for put, output in zip(puts, what.outputs):
-        if name in output.extra:
+        if name in output.extra and name not in put.finished:
           behind(put, name, leaf)
   return [output.path for output in what.outputs]
 
@@ -113,30 +119,35 @@ def _totals(
 
 def _merged(
   what: Plan,
+  which: Sequence[int],
   name: str,
   spec: jax.ShapeDtypeStruct,
   totals: Mapping[str, Any],
   scratch: epath.PathLike,
   pool: ThreadPoolExecutor,
 ) -> list[np.ndarray]:
-  """The leaf of every output, in its dtype."""
+  """The leaf of these outputs, in their dtypes."""
+  if not which:
+    return []
   if not arrays.floating(spec.dtype):
-    return [_same(what, name)] * len(what.outputs)
+    return [_same(what, name)] * len(which)
   leaf = _leaf(what, name, scratch)
   total = totals.get(method.group_of(name, what.group))
   settings = [
     blocks.settled(
       what.method,
       leaf,
-      rules.numbers(what.rules, name, numbers, what.base.config.layers),
+      rules.numbers(what.rules, name, what.numbers[i], what.base.config.layers),
       total,
       pool,
     )
-    for numbers in what.numbers
+    for i in which
   ]
   results = [
-    inputs.empty((leaf.rows, leaf.columns), output.leaves[name].dtype, scratch)
-    for output in what.outputs
+    inputs.empty(
+      (leaf.rows, leaf.columns), what.outputs[i].leaves[name].dtype, scratch
+    )
+    for i in which
   ]
 
   def fill(block: tuple[int, int]) -> None:
@@ -185,6 +196,18 @@ def _provenance(
       key: what.method.report(total) for key, total in totals.items()
     }
   return {'merge': merged, 'alignjax': _version()}
+
+
+def _task(what: Plan, record: Mapping[str, Any]) -> str:
+  """Names a result: the same merge of inputs whose files are the same."""
+  files = [
+    (str(file), stat.length, stat.mtime)
+    for model in (what.base, *what.models)
+    for file in sorted(model.path.iterdir())
+    if not file.is_dir() and (stat := file.stat())
+  ]
+  text = json.dumps([record, files], sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _version() -> str:

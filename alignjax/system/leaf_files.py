@@ -57,7 +57,7 @@ def read(array: ts.TensorStore, allocate: Allocate = np.empty) -> np.ndarray:
 def save(
   directory: epath.Path, arrays: Mapping[str, np.ndarray], large_bytes: int
 ) -> None:
-  """Saves arrays by leaf name as an Orbax checkpoint, in place.
+  """Saves arrays by leaf name as an Orbax checkpoint, or adds to one.
 
   One that exceeds `large_bytes` is not copied. Raises OSError or ValueError
   for what the file system refuses, and may leave some of it.
@@ -81,9 +81,17 @@ def save(
   # and the kind of zarr; the array itself then takes that place.
   items = {name: np.zeros([1] * x.ndim, x.dtype) for name, x in large.items()}
   saved = tree.nested({**arrays, **items})
+  index = directory / '_METADATA'
+  before = json.loads(index.read_text()) if index.exists() else None
+  directory.mkdir(parents=True, exist_ok=True)
   handler.save(directory, args=ocp.args.PyTreeSave(saved))
   for name, array in large.items():
     _rewrite(place(directory, name), array)
+  if before is not None:
+    # Orbax lists what it has just saved; the earlier parts belong to it too.
+    after = json.loads(index.read_text())
+    after['tree_metadata'] = before['tree_metadata'] | after['tree_metadata']
+    index.write_text(json.dumps(after))
 
 
 def place(directory: epath.Path, name: str) -> epath.Path:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +21,13 @@ import tensorstore as ts
 from etils import epath
 
 from alignjax.core import directory, tree
+from alignjax.core.journal import Journal, Put
 from alignjax.core.types import UserError
 from alignjax.system import leaf_files
 
 FORMAT = 1
 TOKENIZER = 'tokenizer.model'
+_JOURNAL = '.finished'
 PART_BYTES = 128 * 2**20  # a writer holds this much before it writes
 
 _FIELDS = {
@@ -232,12 +234,14 @@ def writer(
   view: str = 'plain',
   head: str = 'tied',
   overwrite: bool = False,
-) -> Iterator[Callable[[str, str, Any], None]]:
+  task: str = '',
+) -> Iterator[Put]:
   """`write` leaf by leaf: yields put(role, leaf name, array).
 
   Holds at most PART_BYTES and one leaf, which is written from where it is if
   it exceeds PART_BYTES. The directory appears when the block ends; after an
-  error there is none, and an old one is untouched.
+  error there is none, and an old one is untouched. After an interruption the
+  same `task` continues: (role, leaf name) of `put.finished` are there.
   """
   path = _absolute(path)
   check_free(path, overwrite)
@@ -249,6 +253,7 @@ def writer(
       raise UserError(f'no tokenizer file at {file}')
   sums: dict[str, dict[str, str]] = {}
   part: dict[str, dict[str, np.ndarray]] = {}
+  journal: Journal | None = None
 
   def put(role: str, name: str, leaf: Any):
     array = np.asarray(leaf)
@@ -258,12 +263,18 @@ def writer(
     sums[role][name] = leaf_files.crc32(array)
     part.setdefault(role, {})[name] = array
     if sum(x.nbytes for of in part.values() for x in of.values()) >= PART_BYTES:
-      _flush(partial, part)
+      _flush(partial, part, sums, journal)
 
-  with directory.replaced(path) as partial:
-    (partial / 'params').mkdir()
-    yield put
-    _flush(partial, part)
+  with directory.replaced(path, task=task) as partial:
+    (partial / 'params').mkdir(exist_ok=True)
+    if task:
+      journal = Journal(partial / _JOURNAL)
+      _continue(partial, journal, sums)
+    finished = ((role, name) for role, of in sums.items() for name in of)
+    yield Put(put, frozenset(finished))
+    _flush(partial, part, sums, journal)
+    if journal is not None:
+      journal.remove()
     for name, file in copies.items():
       file.copy(partial / name)
     facts = {
@@ -276,23 +287,6 @@ def writer(
       'checksums': {r: dict(sorted(of.items())) for r, of in sums.items()},
     }
     (partial / 'model.json').write_text(json.dumps(facts, indent=2) + '\n')
-
-
-def save_part(folder: epath.Path, part: Mapping[str, np.ndarray]) -> None:
-  """Adds leaves to an Orbax checkpoint, which a first part creates.
-
-  Raises OSError or ValueError for what the file system refuses, and may leave
-  some of it: to be called within a folder that is renamed once whole.
-  """
-  index = folder / '_METADATA'
-  before = json.loads(index.read_text()) if index.exists() else None
-  folder.mkdir(parents=True, exist_ok=True)
-  leaf_files.save(folder, part, PART_BYTES)
-  if before is not None:
-    # Orbax lists what it has just saved; the earlier parts belong to it too.
-    after = json.loads(index.read_text())
-    after['tree_metadata'] = before['tree_metadata'] | after['tree_metadata']
-    index.write_text(json.dumps(after))
 
 
 def writer_bytes(leaf_bytes: Iterable[int]) -> tuple[int, int]:
@@ -349,7 +343,44 @@ def _check_leaf(path: epath.Path, name: str, array: np.ndarray) -> None:
     raise UserError(f'{path}: leaf {name!r} is empty: {array.shape}')
 
 
-def _flush(partial: epath.Path, part: dict[str, dict[str, np.ndarray]]) -> None:
+def _flush(
+  partial: epath.Path,
+  part: dict[str, dict[str, np.ndarray]],
+  sums: Mapping[str, Mapping[str, str]],
+  journal: Journal | None,
+) -> None:
   for role, weights in part.items():
-    save_part(partial / 'params' / role, weights)
+    leaf_files.save(partial / 'params' / role, weights, PART_BYTES)
+    if journal is not None:
+      for name in weights:
+        journal.add(f'{role}/{name}', sums[role][name])
   part.clear()
+
+
+def _continue(
+  partial: epath.Path, journal: Journal, sums: dict[str, dict[str, str]]
+) -> None:
+  """Fills `sums` with what is there as it was noted, and removes the rest."""
+  params = partial / 'params'
+
+  def checksum(path: str) -> str | None:
+    role, _, name = path.partition('/')
+    place = leaf_files.place(params / role, name)
+    try:
+      json.loads((params / role / '_METADATA').read_text())
+      return leaf_files.crc32(leaf_files.read(leaf_files.open_array(place)))
+    except (ValueError, OSError):
+      return None
+
+  journal.confirm(checksum)
+  for path, found in journal.found.items():
+    role, _, name = path.partition('/')
+    sums.setdefault(role, {})[name] = found
+  for folder in params.iterdir():
+    if folder.name not in sums:
+      folder.rmtree()
+      continue
+    kept = {name.replace('/', '.') for name in sums[folder.name]}
+    for leaf in folder.iterdir():
+      if leaf.is_dir() and leaf.name not in kept:
+        leaf.rmtree()

@@ -13,7 +13,7 @@ from alignjax.core import tree
 from alignjax.core.types import UserError
 from alignjax.interop import deepmind
 from alignjax.models import preset
-from alignjax.system import model_dir
+from alignjax.system import leaf_files, model_dir
 from tests.interop import trees
 
 # Which of our configs a release would store as (2, F, D).
@@ -247,7 +247,7 @@ def test_an_unfinished_tree_is_none(tmp_path, monkeypatch):
   def full(*args):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(model_dir, 'save_part', full)
+  monkeypatch.setattr(leaf_files, 'save', full)
   with pytest.raises(UserError, match='disk full while writing'):
     write(tmp_path / 'm', config, leaves)
   assert list(tmp_path.iterdir()) == []
