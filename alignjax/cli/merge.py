@@ -9,16 +9,19 @@ import ast
 import functools
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignjax.cli import console
+from alignjax.cli import console, merge_others
 
 _METHODS = Path(__file__).parent.parent / 'merge' / 'methods'
 _EPILOG = """\
 methods and their numbers
 {methods}
+
+beside these, with flags of their own (`alignjax merge NAME --help`)
+{others}
 
 several values of a number give several results in one pass over the inputs:
 OUT/t_0.50, OUT/liti_0.30.
@@ -54,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='alignjax merge',
     description='Merge the weights of models, of any format and size.',
-    epilog=_EPILOG.format(methods='\n'.join(_listed())),
+    epilog=_EPILOG.format(
+      methods='\n'.join(_listed(_methods())),
+      others='\n'.join(
+        _listed((name, about, ()) for name, about in merge_others.NAMES.items())
+      ),
+    ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     argument_default=argparse.SUPPRESS,
     allow_abbrev=False,
@@ -148,10 +156,10 @@ def _numbers(tree: ast.Module, call: ast.Call) -> Iterator[str]:
       yield str(key.value)
 
 
-def _listed() -> Iterator[str]:
+def _listed(methods: Iterable[tuple[str, str, Sequence[str]]]) -> Iterator[str]:
   import textwrap
 
-  for name, about, numbers in _methods():
+  for name, about, numbers in methods:
     said = ' '.join(f'--{number}' for number in numbers)
     yield f'  {name:18} {said}'.rstrip()
     yield from textwrap.wrap(
@@ -229,6 +237,8 @@ def _check(settings: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str]) -> int:
   """Merges; prints the plan, then the results. Raises UserError."""
+  if argv and argv[0] in merge_others.NAMES:
+    return merge_others.main(argv[0], argv[1:])
   if {'-h', '--help'} & {*argv}:
     _parser().print_help()  # before anything is imported
     return console.OK

@@ -190,7 +190,7 @@ def _written(
 ) -> tuple[convert.Plan, ...]:
   """How each result is written."""
   for path in wanted:
-    _check_apart(path, models)
+    check_apart(path, models)
   base = _told(models[0], role)
   return tuple(
     convert.plan(base, path, to=to or base.format, role=role, **options)
@@ -240,12 +240,12 @@ def _told(base: Opened, role: str) -> Opened:
   )
 
 
-def _check_apart(path: str, models: Sequence[Opened]) -> None:
+def check_apart(path: epath.PathLike, models: Sequence[Opened]) -> None:
   """Raises UserError if a result would lie inside an input, or over it."""
   result = os.path.realpath(path)
   for model in models:
     given = os.path.realpath(model.path)
-    if '://' in path or os.path.commonpath([result, given]) != given:
+    if '://' in str(path) or os.path.commonpath([result, given]) != given:
       continue
     where = 'is an input' if result == given else 'lies inside an input'
     raise UserError(f'{path} {where}: {model.path}')

@@ -154,3 +154,31 @@ def test_help_needs_no_jax():
   words = [sys.executable, '-c', code]
   said = subprocess.run(words, capture_output=True, text=True, check=True)
   assert 'ties' in said.stdout
+
+
+def test_layers_are_stacked(capsys):
+  words = ['stack', '--models', 'a', 'b', '--layers', '0:0:2', '1:1:2']
+  assert merge.main([*words, '--out', 'tall']) == 0
+  tall, b = model_dir.read('tall'), model_dir.read('b')
+  assert tall.config['layers'] == 3
+  assert tall.provenance['merge']['layers'] == ['0:0:2', '1:1:2']
+  sums = tall.checksums['policy'], b.checksums['policy']
+  assert sums[0]['layer_2/ffw/up'] == sums[1]['layer_1/ffw/up']
+  with pytest.raises(UserError, match='b has layers 0 to 1'):
+    merge.main([*words[:-1], '1:1:3', '--out', 'taller'])
+  with pytest.raises(UserError, match='is an input'):
+    merge.main([*words, '--out', 'a', '--overwrite'])
+
+
+def test_an_adapter_is_cut_out_and_folded_in(capsys):
+  words = ['lora.extract', '--base', 'base', '--models', 'a', '--rank', '8']
+  assert merge.main([*words, '--out', 'adapter']) == 0
+  said = capsys.readouterr().out
+  assert 'rank 8 holds 100.0%' in said and 'have no adapter: embedding' in said
+  words = ['lora.fold', '--base', 'base', '--adapter', 'adapter']
+  assert merge.main([*words, '--out', 'folded']) == 0
+  found, a = (
+    model_dir.load_leaf(model_dir.read(x), 'policy', 'layer_1/attn/o')
+    for x in ('folded', 'a')
+  )
+  np.testing.assert_allclose(found, a, atol=1e-5)
