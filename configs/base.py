@@ -87,7 +87,8 @@ def train(
 def model(name: str, kind: str, path: str, **more: Any) -> dict[str, Any]:
   """A model of an evaluation; '@job' needs a path inside, or means its model.
 
-  more: `liti_rate`, and `series` where there are several LITI paths.
+  more: `liti_rate`, and `series`, which of several LITI paths, or of other
+  kinds the arm: models of one arm look alike in the report.
   """
   if path.startswith('@') and '/' not in path:
     path += '/model'
@@ -138,6 +139,9 @@ def compared(c: ConfigDict, arms: Mapping[str, Mapping[str, Any]]):
     for seed in range(1, c.graph.seeds + 1):
       names.append(f'{arm}_{seed}')
       yield train(c, names[-1], seed=c.seed + seed, **changes)
-  models = [model(name, 'run', f'@{name}') for name in names]
+  models = [
+    model(name, 'run', f'@{name}', series=name.rpartition('_')[0])
+    for name in names
+  ]
   yield evaluate(c, models, needs=names)
   yield report('evaluate')

@@ -1,13 +1,15 @@
 """The reward-KL front: what every model gains, and how far it went for it.
 
 One chart of an evaluation, as SVG for the page and as a small PNG for a
-README. It draws what was measured and fits nothing; the dotted line from the
-init to the merged model is a ruler, not a result.
+README; diversity is drawn against either in the same way. It draws what was
+measured and fits nothing; the dotted line from the init to the merged model is
+a ruler, not a result.
 """
 
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,12 @@ from alignjax.report.read import interval
 
 WIDTH, HEIGHT = 1000, 580
 BEST_OF_N = '#7b8794'
+FRONT = ('kl', 'reward')  # what is to the right, and what upwards
+NAMES = {
+  'kl': 'KL to the init, nats per sequence',
+  'reward': 'mean reward',
+  'diversity': 'diversity of the completions of a prompt, 1 - cos',
+}
 
 
 class Point(NamedTuple):
@@ -31,6 +39,8 @@ class Point(NamedTuple):
     rate: of LITI, else None.
     x, y: (mean, low, high).
     series: which of several LITI paths it is on.
+    look: of its kind or arm.
+    arm: of an experiment, '' for none.
   """
 
   name: str
@@ -38,7 +48,9 @@ class Point(NamedTuple):
   rate: float | None
   x: tuple[float, float, float]
   y: tuple[float, float, float]
-  series: str = ''
+  series: str
+  look: ink.Look
+  arm: str
 
 
 class Label(NamedTuple):
@@ -52,25 +64,33 @@ class Label(NamedTuple):
   weight: str
 
 
-def points(evaluation: dict[str, Any]) -> list[Point]:
-  """The models of an evaluation, in the order of tables and legends."""
+def points(
+  evaluation: dict[str, Any], fields: tuple[str, str] = FRONT
+) -> list[Point]:
+  """The models of an evaluation that have both, as in tables and legends."""
   out = []
-  for model in evaluation['models']:
-    kl, reward = interval(model, 'kl'), interval(model, 'reward')
-    assert kl is not None and reward is not None  # checked when read
+  looks = ink.looks(evaluation['models'])
+  for model in ink.ordered(evaluation['models']):
+    x, y = (interval(model, field) for field in fields)
+    if x is None or y is None:
+      continue
     kind, series = str(model.get('kind', 'other')), model.get('series') or ''
-    rate = model.get('liti_rate')
-    out.append(Point(model['name'], kind, rate, kl, reward, series))
-  return sorted(out, key=lambda p: (ink.rank(p.kind), p.series, p.rate or 0.0))
+    rate, name = model.get('liti_rate'), model['name']
+    out.append(
+      Point(name, kind, rate, x, y, series, looks[name], ink.arm(model))
+    )
+  return out
 
 
-def sweeps(evaluation: dict[str, Any]) -> dict[str, list[Point]]:
+def sweeps(
+  evaluation: dict[str, Any], fields: tuple[str, str] = FRONT
+) -> dict[str, list[Point]]:
   """The LITI paths by series; each from the init (rate 0) to SLERP (rate 1).
 
   The ends are the init and SLERP by definition, so they are added where a
   sweep does not hold them. Empty when nothing was interpolated.
   """
-  every = points(evaluation)
+  every = points(evaluation, fields)
   paths: dict[str, list[Point]] = {}
   for p in every:
     if p.kind == 'liti' and p.rate is not None:
@@ -90,10 +110,16 @@ def sweep(evaluation: dict[str, Any]) -> list[Point]:
   return paths[-1] if paths else []
 
 
-def front_svg(evaluation: dict[str, Any], salt: str = 'front') -> str:
-  """The front as an `<svg>` element."""
+def front_svg(
+  evaluation: dict[str, Any],
+  salt: str = 'front',
+  fields: tuple[str, str] = FRONT,
+) -> str:
+  """The front, or two other fields, as an `<svg>` element."""
+  across, up = (NAMES[field].split(',')[0] for field in fields)
   with ink.style(salt):
-    return ink.svg(draw(evaluation), 'Reward against KL to the init')
+    title = f'{up[0].upper()}{up[1:]} against {across}'
+    return ink.svg(draw(evaluation, fields), title)
 
 
 def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
@@ -118,23 +144,24 @@ def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
   files.write(path, small.getvalue())
 
 
-def draw(evaluation: dict[str, Any]) -> Figure:
+def draw(evaluation: dict[str, Any], fields: tuple[str, str] = FRONT) -> Figure:
   """The figure; must be called and written inside `ink.style`."""
   figure = ink.canvas(WIDTH, HEIGHT)
   axes = figure.add_axes((0.066, 0.092, 0.918, 0.8))
-  every = points(evaluation)
-  paths = sweeps(evaluation)
-  reference = evaluation.get('best_of_n') or []
-  _limits(axes, every, reference)
+  every = points(evaluation, fields)
+  paths = sweeps(evaluation, fields)
+  reference = evaluation.get('best_of_n') or [] if fields == FRONT else []
+  _limits(axes, every, reference, fields)
   _lines(axes, paths, reference)
   for point in every:
     _mark(axes, point, _green(paths, point.series))
-  axes.set_xlabel('KL to the init, nats per sequence', labelpad=7)
-  axes.set_ylabel('mean reward', labelpad=7)
+  axes.set_xlabel(NAMES[fields[0]], labelpad=7)
+  axes.set_ylabel(NAMES[fields[1]], labelpad=7)
+  entries = len(axes.get_legend_handles_labels()[1])
   figure.legend(
     loc='upper left',
     bbox_to_anchor=(0.06, 0.995),
-    ncols=4,
+    ncols=4 if entries <= 12 else 6,
     frameon=False,
     fontsize=10.5,
     handletextpad=0.5,
@@ -145,9 +172,12 @@ def draw(evaluation: dict[str, Any]) -> Figure:
   return figure
 
 
-def _limits(axes: Axes, every: Sequence[Point], reference: Sequence[Any]):
+def _limits(
+  axes: Axes, every: Sequence[Point], reference: Sequence[Any], fields
+):
   """Room for every interval, and a margin for labels."""
-  xs = [v for p in every for v in p.x] + [b['kl'] for b in reference] + [0.0]
+  xs = [v for p in every for v in p.x] + [b['kl'] for b in reference]
+  xs += [0.0] if fields[0] == 'kl' else []
   ys = [v for p in every for v in p.y]
   ys += [v for b in reference for v in interval(b, 'reward') or ()]
   for values, limit in ((xs, axes.set_xlim), (ys, axes.set_ylim)):
@@ -160,7 +190,7 @@ def _green(paths: dict[str, list[Point]], series: str) -> str:
   """The colour of a LITI path: the last has the kind's own, earlier paler."""
   names = list(paths)
   before = len(names) - 1 - names.index(series) if series in names else 0
-  return ink.paler(ink.look('liti').fill, before)
+  return ink.paler(ink.LOOKS['liti'].fill, before)
 
 
 def _lines(axes, paths: dict[str, list[Point]], reference):
@@ -177,7 +207,7 @@ def _lines(axes, paths: dict[str, list[Point]], reference):
       label='best of N from the init',
       zorder=2.5,
     )
-  look = ink.look('liti')
+  look = ink.LOOKS['liti']
   for number, (series, path) in enumerate(paths.items()):
     if len(path) < 2:
       continue
@@ -206,7 +236,7 @@ def _lines(axes, paths: dict[str, list[Point]], reference):
 
 
 def _mark(axes: Axes, point: Point, green: str):
-  look = ink.look(point.kind)
+  look = point.look
   if point.kind == 'liti':  # the line of its path is in the legend
     label = None if point.series else look.label
     look = look._replace(fill=green, label=label)
@@ -240,12 +270,18 @@ def _mark(axes: Axes, point: Point, green: str):
 def _texts(axes, every, paths, reference) -> list[Label]:
   """One label per place: models that coincide on the chart share one.
 
-  Of several LITI paths only the last has its rates written.
+  Of several LITI paths only the last has its rates written; an arm of several
+  models is named by the legend.
   """
   out: list[Label] = []
   path = paths[-1] if paths else []
   interpolated = [p for path in paths for p in path if p.kind == 'liti']
-  named = [p for p in every if p not in interpolated and p not in path]
+  sizes = Counter(p.arm for p in every if p.arm)
+  named = [
+    p
+    for p in every
+    if p not in interpolated and p not in path and sizes[p.arm] < 2
+  ]
   pixel = axes.transData.transform
   shared: dict[str, str] = {}
   for p in (p for p in path if p.kind == 'liti'):
@@ -256,11 +292,11 @@ def _texts(axes, every, paths, reference) -> list[Label]:
     if twins:
       shared[twins[0]] = f' · rate {p.rate:g}'
       continue
-    colour = ink.look('liti').text
+    colour = ink.LOOKS['liti'].text
     out.append(Label(f'{p.rate:g}', p.x[0], p.y[0], colour, 10.5, 'bold'))
   for p in named:
-    text, look = p.name + shared.get(p.name, ''), ink.look(p.kind)
-    out.append(Label(text, p.x[0], p.y[0], look.text, 11, 'bold'))
+    text = p.name + shared.get(p.name, '')
+    out.append(Label(text, p.x[0], p.y[0], p.look.text, 11, 'bold'))
   for b in reference:
     if b.get('n', 1) > 1:  # one of one is the init
       y = b['reward']['mean']

@@ -1,4 +1,4 @@
-"""How things look: a colour and a marker per kind of model, and SVG output.
+"""How things look: a colour and a marker per kind or arm, and SVG output.
 
 One palette (Okabe and Ito's, safe for colour-blind readers) for every chart
 and table, and one way to turn a matplotlib figure into SVG that can stand in
@@ -7,9 +7,9 @@ an HTML page. No chart is drawn here.
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -39,15 +39,45 @@ LOOKS = {
   'slerp': Look('#0072b2', '#00619a', 'D', 8, 'SLERP of the runs'),
   'liti': Look('#009e73', '#00785a', 'o', 6, 'LITI, labelled by rate'),
 }
-OTHER = Look('#7a6fb0', '#5c5196', 'v', 8, 'other')
 # Runs of one group: neighbours differ in lightness as well as in hue.
 RUN_COLOURS = ('#d55e00', '#0072b2', '#009e73', '#8a4f7d', '#b38600', '#3f4b59')
 ALONE = '#3f5f8a'
+# Arms take colours and markers in turn: 42 of them differ. No circle and no
+# diamond, which mean the init, SLERP and LITI.
+ARM_MARKERS = (('s', 7.5), ('^', 8.5), ('v', 8.5), ('X', 8.5), ('P', 9)) + (
+  ('<', 8.5),
+  ('>', 8.5),
+)
+ON_PATHS = ('init', 'slerp', 'liti')  # their series is a LITI path
 
 
-def look(kind: str) -> Look:
-  """How a kind of model looks; kinds without a look of their own share one."""
-  return LOOKS.get(kind, OTHER._replace(label=kind))
+def arm(model: Mapping[str, Any]) -> str:
+  """The arm of an experiment that a model belongs to, '' for none.
+
+  It is the model's `series`, and of a kind without a look of its own the kind.
+  """
+  kind, series = str(model.get('kind', 'other')), model.get('series') or ''
+  if kind not in LOOKS:
+    return series or kind
+  return '' if kind in ON_PATHS else series
+
+
+def looks(models: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
+  """Name of a model -> how it looks: its kind, or its arm in their order."""
+  arms = list(dict.fromkeys(a for m in models if (a := arm(m))))
+  # The first arm looks like an aligned run.
+  taken = any(m.get('kind') == 'run' and not arm(m) for m in models)
+  of_arms = {name: _of_arm(i + taken, name) for i, name in enumerate(arms)}
+  return {
+    m['name']: of_arms[a] if (a := arm(m)) else LOOKS[m['kind']] for m in models
+  }
+
+
+def _of_arm(number: int, label: str) -> Look:
+  fill = RUN_COLOURS[number % len(RUN_COLOURS)]
+  parts = [int(fill[i : i + 2], 16) for i in (1, 3, 5)]
+  text = '#' + ''.join(f'{5 * x // 6:02x}' for x in parts)
+  return Look(fill, text, *ARM_MARKERS[number % len(ARM_MARKERS)], label)
 
 
 def paler(colour: str, times: int) -> str:
@@ -57,14 +87,27 @@ def paler(colour: str, times: int) -> str:
   return '#' + ''.join(f'{round(x):02x}' for x in moved)
 
 
-def css(kind: str) -> str:
-  """The kind's colour for HTML; the init's black would vanish on dark."""
-  return 'var(--text)' if kind == 'init' else look(kind).fill
+def css(look: Look | None) -> str:
+  """A colour for HTML; the init's black would vanish on dark."""
+  return 'var(--text)' if look in (None, LOOKS['init']) else look.fill
 
 
 def rank(kind: str) -> int:
   """Position of a kind in tables and legends."""
   return list(LOOKS).index(kind) if kind in LOOKS else len(LOOKS)
+
+
+def ordered(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """As in tables and legends: by kind, then series as they come, then rate."""
+  series = list(dict.fromkeys(m.get('series') or '' for m in models))
+  return sorted(
+    models,
+    key=lambda m: (
+      rank(str(m.get('kind'))),
+      series.index(m.get('series') or ''),
+      m.get('liti_rate') or 0.0,
+    ),
+  )
 
 
 @contextmanager

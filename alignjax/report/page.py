@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from alignjax.core import files
-from alignjax.report import findings
+from alignjax.report import findings, ink
 from alignjax.report.curves import curves_html
+from alignjax.report.diversity import diversity_html
 from alignjax.report.front import front_svg, sweeps
 from alignjax.report.goodput import goodput_html
 from alignjax.report.read import Found, found
@@ -61,6 +62,8 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     mine = _findings(lines[number]) if number else ''
     sections.append(_front(heading, mine, evaluation, f'front {number}'))
     sections.append(_models(heading, evaluation))
+    if charts := diversity_html(evaluation, f'diversity {number}'):
+      sections.append(_section(f'Diversity{heading}', charts))
     if chart := tradeoff_html(evaluation, f'tradeoff {number}'):
       said = f'One objective against the other{heading}'
       sections.append(_section(said, chart))
@@ -143,6 +146,11 @@ def _front(heading: str, lines: str, evaluation: dict, salt: str) -> str:
     said += (
       f'{each} green line walks from the init (rate 0) to the merged model '
       f'(rate 1) in weight space; bold green numbers are rates{whose}. '
+    )
+  if any(map(ink.arm, evaluation['models'])):
+    said += (
+      'Models of one arm share a colour and a marker; those of an arm with '
+      'several are named by the legend alone. '
     )
   if evaluation.get('best_of_n'):
     said += (

@@ -86,8 +86,7 @@ def _sample(
 def _response(
   name: str, response: dict[str, Any], evaluation: dict[str, Any]
 ) -> str:
-  kinds = {m['name']: str(m.get('kind')) for m in evaluation['models']}
-  colour = ink.css(kinds.get(name, 'other'))
+  colour = ink.css(ink.looks(evaluation['models']).get(name))
   reward = response.get('reward')
   score = f'{reward:.2f}' if isinstance(reward, int | float) else '–'
   text = str(response.get('text', ''))

@@ -40,14 +40,7 @@ COLUMNS = (
 
 def models_html(evaluation: dict[str, Any]) -> str:
   """The table of an evaluation's models as a `<table>` element."""
-  models = sorted(
-    evaluation['models'],
-    key=lambda m: (
-      ink.rank(str(m.get('kind'))),
-      m.get('series') or '',
-      m.get('liti_rate') or 0.0,
-    ),
-  )
+  models = ink.ordered(evaluation['models'])
   columns = [c for c in COLUMNS if any(interval(m, c.key) for m in models)]
   names = _indicators(models)
   head = '<th scope="col">model</th>'
@@ -57,8 +50,9 @@ def models_html(evaluation: dict[str, Any]) -> str:
     title = escape(name.replace('_', ' '))
     head += f'<th scope="col" class="hack">{title}<small>%</small></th>'
   best = {c.key: _best(models, c) for c in columns}
+  looks = ink.looks(evaluation['models'])
   body = ''.join(
-    f'<tr>{_name(m)}'
+    f'<tr>{_name(m, ink.css(looks[m["name"]]))}'
     + ''.join(_cell(m, c, m['name'] in best[c.key]) for c in columns)
     + ''.join(_share(m, name) for name in names)
     + '</tr>'
@@ -77,8 +71,7 @@ def models_html(evaluation: dict[str, Any]) -> str:
   )
 
 
-def _name(model: dict[str, Any]) -> str:
-  colour = ink.css(str(model.get('kind', 'other')))
+def _name(model: dict[str, Any], colour: str) -> str:
   rate = model.get('liti_rate')
   kind = escape(str(model.get('kind', '')))
   detail = f'rate {rate:g}' if isinstance(rate, int | float) else kind

@@ -25,6 +25,7 @@ class Line(NamedTuple):
   """
 
   kind: str
+  look: ink.Look
   points: list[tuple[float, tuple, tuple]]
 
 
@@ -34,13 +35,15 @@ def lines(evaluation: dict[str, Any]) -> dict[str, Line]:
   found: dict[str, Line] = {}
   if len(objectives) != 2:
     return found
+  looks = ink.looks(evaluation['models'])
   for model in evaluation['models']:
     weights, scores = model.get('weights'), model.get('scores') or {}
     x, y = (interval(scores, name) for name in objectives)
     # More than two weights: the last is the reference's, another KL strength.
     if x and y and weights and len(weights) == 2:
       policy = model['name'].rpartition(' ')[0] or model['name']
-      line = found.setdefault(policy, Line(str(model.get('kind')), []))
+      kind, look = str(model.get('kind')), looks[model['name']]
+      line = found.setdefault(policy, Line(kind, look, []))
       line.points.append((weights[0], x, y))
   return {k: v._replace(points=sorted(v.points)) for k, v in found.items()}
 
@@ -119,8 +122,7 @@ def _svg(evaluation, kinds: dict[str, list[Line]], salt: str) -> str:
   with ink.style(salt):
     figure = ink.canvas(WIDTH, HEIGHT)
     axes = figure.add_axes((0.066, 0.1, 0.918, 0.8))
-    for number, (kind, of) in enumerate(kinds.items()):
-      colour = ink.RUN_COLOURS[number % len(ink.RUN_COLOURS)]
+    for kind, of in kinds.items():
       for i, line in enumerate(of):
         xs = [x for _, x, _ in line.points]
         ys = [y for _, _, y in line.points]
@@ -129,9 +131,10 @@ def _svg(evaluation, kinds: dict[str, list[Line]], salt: str) -> str:
           [y[0] for y in ys],
           xerr=[[x[0] - x[1] for x in xs], [x[2] - x[0] for x in xs]],
           yerr=[[y[0] - y[1] for y in ys], [y[2] - y[0] for y in ys]],
-          color=colour,
-          marker='o',
-          markersize=5,
+          color=line.look.fill,
+          marker=line.look.marker,
+          markersize=line.look.size,
+          markeredgecolor='white',
           linewidth=1.6,
           elinewidth=0.8,
           label=None if i else kind,

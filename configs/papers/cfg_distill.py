@@ -85,7 +85,10 @@ def jobs(c: ConfigDict):
         needs=('embed',),
       )
       ends.append(run)
-      models.append({'name': run, 'kind': 'run', 'path': f'@{run}/model'})
+      models.append(
+        {'name': run, 'kind': 'run', 'path': f'@{run}/model'}
+        | {'series': f'coefficient {coef:g}'}
+      )
     merged = f'lerp_{seed}'
     yield Job(
       merged,
@@ -100,7 +103,9 @@ def jobs(c: ConfigDict):
     )
     for t in c.lerp:
       name, path = f'{merged} {t:g}', f'@{merged}/t_{t:.2f}'
-      models.append({'name': name, 'kind': 'lerp', 'path': path})
+      models.append(
+        {'name': name, 'kind': 'lerp', 'path': path, 'series': f'LERP at {t:g}'}
+      )
     done += [*ends, merged]
   yield Job(
     'evaluate',

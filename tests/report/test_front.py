@@ -8,6 +8,7 @@ from PIL import Image
 
 from alignjax.core.types import UserError
 from alignjax.report import front, ink
+from alignjax.report.diversity import FIELDS, diversity_html
 from alignjax.report.labels import overlap
 from tests.report import synthetic
 
@@ -78,10 +79,80 @@ def test_every_round_has_a_path_of_its_own():
   drawn = front.front_svg(rounds())
   assert drawn.count('>LITI, round 1<') == 1
   assert drawn.count('>LITI, round 2<') == 1
-  assert ink.paler(ink.look('liti').fill, 1) in drawn
+  assert ink.paler(ink.LOOKS['liti'].fill, 1) in drawn
   # Rates are written once, along the last path; the merges have names.
   got = labels(rounds())
   assert {'0.3', '0.6', 'round 1', 'round 2', 'init'} == set(got)
+
+
+def arms(count, seeds=2):
+  """An init and runs of several arms under several seeds."""
+  models = [synthetic.model('init', 'init', 0.45, 0.0)]
+  for i in reversed(range(count)):
+    arm = f'arm_{i}'
+    models += [
+      synthetic.model(f'{arm}_{s}', 'run', 0.5 + 0.02 * i, 1 + i + 0.1 * s)
+      | {'series': arm}
+      for s in range(seeds)
+    ]
+  return {'models': models, 'reference': 'init'}
+
+
+def test_every_arm_has_a_look_of_its_own():
+  evaluation = arms(12)
+  looks = ink.looks(evaluation['models'])
+  seen = {}
+  for model in evaluation['models'][1:]:
+    seen.setdefault(model['series'], set()).add(looks[model['name']])
+  assert all(len(of) == 1 for of in seen.values())
+  styles = {(look.fill, look.marker) for of in seen.values() for look in of}
+  assert len(styles) == 12
+  others = [ink.LOOKS[k] for k in ('init', 'anchor', 'lerp', 'slerp', 'liti')]
+  assert not styles & {(look.fill, look.marker) for look in others}
+  # The legend names them, in their order; the chart does not.
+  drawn = front.front_svg(evaluation)
+  places = [drawn.index(f'>arm_{i}<') for i in reversed(range(12))]
+  assert places == sorted(places) and '>aligned run<' not in drawn
+  assert set(labels(evaluation)) == {'init'}
+  assert set(labels(arms(12, seeds=1))) > {'init', 'arm_0_0', 'arm_11_0'}
+
+
+def test_kinds_without_a_look_differ_too():
+  kinds = ('run', 'CLP full', 'CLP logits', 'soup')
+  evaluation = {
+    'models': [
+      synthetic.model(f'{kind} {i}', kind, 0.5, i)
+      for kind in kinds
+      for i in range(2)
+    ]
+  }
+  looks = ink.looks(evaluation['models'])
+  assert looks['run 0'] == ink.LOOKS['run']
+  assert len({(look.fill, look.marker) for look in looks.values()}) == 4
+  assert [p.arm for p in front.points(evaluation)[::2]] == ['', *kinds[1:]]
+
+
+def varied():
+  evaluation = synthetic.evaluation()
+  for i, model in enumerate(evaluation['models'][:4]):
+    model['diversity'] = synthetic.bar(0.1 + 0.05 * i, 0.01)
+  return evaluation
+
+
+def test_diversity_is_drawn_where_it_was_measured():
+  assert diversity_html(synthetic.evaluation(), 'salt') == ''
+  one = varied()
+  del one['models'][1]['diversity'], one['models'][2]['diversity']
+  del one['models'][3]['diversity']
+  assert diversity_html(one, 'salt') == ''
+  page = diversity_html(varied(), 'salt')
+  assert page.count('<svg') == 2 and page == diversity_html(varied(), 'salt')
+  assert 'Diversity of the completions of a prompt against KL' in page
+  assert 'Mean reward against diversity' in page
+  assert page.count('>align_2<') == 2 and '>slerp<' not in page
+  assert 'best of N' not in page  # it has no such number
+  found = {p.name: (p.x[0], p.y[0]) for p in front.points(varied(), FIELDS[1])}
+  assert found['align_1'] == (pytest.approx(0.15), 0.698)
 
 
 def test_a_front_of_one_model_can_be_drawn():

@@ -6,7 +6,7 @@ import pytest
 from alignjax.cli import console
 from alignjax.cli import report as verb
 from alignjax.core.types import UserError
-from alignjax.report import report
+from alignjax.report import ink, report
 from tests.report import synthetic
 
 VOID = {'meta', 'br', 'link', 'img'}
@@ -123,6 +123,26 @@ def test_odd_text_survives(tmp_path):
   # HTML drops the first newline of a <pre>; the text's own must stay.
   assert '>\n\n␀\ufffd&lt;/pre&gt;</pre>' in text
   assert '>\n\nfirst</pre>' in text and '&lt;anchor&gt; &amp; co' in text
+
+
+def test_arms_and_diversity_are_on_the_page(tmp_path):
+  data = synthetic.evaluation()
+  for i, model in enumerate(data['models']):
+    model['diversity'] = synthetic.bar(0.1 + 0.02 * i, 0.01)
+    if model['kind'] == 'run':
+      model['series'] = f'<arm {i}>'
+  synthetic.write_evaluation(tmp_path, data)
+  report([tmp_path], tmp_path / 'r.html')
+  text = (tmp_path / 'r.html').read_text('utf-8')
+  parsed = Page(text)
+  assert text.index('All models') < text.index('<h2>Diversity')
+  assert 'Models of one arm share a colour' in text
+  assert '&lt;arm 1&gt;' in text and '<arm' not in text
+  ids = [v for k, v in parsed.attributes if k == 'id']
+  assert len(ids) == len(set(ids))
+  # One colour per arm, in charts, table and samples.
+  second = ink.looks(data['models'])['align_2'].fill
+  assert f'background:{second}' in text
 
 
 def test_curves_alone_make_no_claim_about_models(tmp_path):
