@@ -1,7 +1,16 @@
-"""Writing a file whole or not at all. It knows nothing of what is written."""
+"""Writing a file whole or not at all, or through a window on a part of it.
 
+It knows nothing of what is written.
+"""
+
+import math
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from alignjax.core.types import UserError
 
@@ -28,3 +37,23 @@ def write(path: str | os.PathLike, data: str | bytes) -> None:
     except OSError:
       pass  # its folder is not one: nothing was written
     raise UserError(f'{path}: cannot be written ({error.strerror})') from error
+
+
+def window(
+  file: int, start: int, shape: Sequence[int], dtype: Any
+) -> np.ndarray:
+  """An array that is a part of an open file, from byte `start` on.
+
+  Its blocks are allocated first: a full disk is an OSError here, not a signal
+  when the array is filled.
+  """
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  if hasattr(os, 'posix_fallocate'):
+    os.posix_fallocate(file, start, size)
+  elif os.fstat(file).st_size < start + size:
+    os.truncate(file, start + size)
+  skipped = start % mmap.ALLOCATIONGRANULARITY
+  memory = mmap.mmap(file, skipped + size, offset=start - skipped)
+  return (
+    np.frombuffer(memory, np.uint8, size, skipped).view(dtype).reshape(shape)
+  )

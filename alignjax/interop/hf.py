@@ -172,19 +172,11 @@ def writer(
   total = sum(map(safetensors.size, specs.values()))
   forms = {leaf: (name, form) for leaf, name, form in names}
 
-  def put(leaf: str, array: Any) -> None:
-    for name in targets(leaf) - write.finished:
-      write(name, forms[leaf][1].store(np.asarray(array)))
-
-  def targets(leaf: str) -> set[str]:
-    return {forms[leaf][0], *(heads if leaf == 'embedding' else ())}
-
   with directory.replaced(path, total, task) as partial:
     with safetensors.writer(
       partial, specs, shard_bytes=shard_bytes, resume=bool(task)
     ) as write:
-      there = {leaf for leaf in forms if targets(leaf) <= write.finished}
-      yield Put(put, frozenset(there))
+      yield _put(write, forms, heads, leaves)
     text = json.dumps(facts, indent=2, ensure_ascii=False) + '\n'
     (partial / CONFIG).write_text(text)
     if record:
@@ -192,6 +184,30 @@ def writer(
     for file in map(epath.Path, files):
       if file.name in FILES:
         file.copy(partial / file.name)
+
+
+def _put(
+  write: Put,
+  forms: Mapping[str, tuple[str, hf_names.Form]],
+  heads: Sequence[str],
+  leaves: Specs,
+) -> Put:
+  """Of leaves, from that of tensors; a tied head is a second tensor."""
+
+  def targets(leaf: str) -> set[str]:
+    return {forms[leaf][0], *(heads if leaf == 'embedding' else ())}
+
+  def put(leaf: str, array: Any) -> None:
+    for name in targets(leaf) - write.finished:
+      write(name, forms[leaf][1].store(np.asarray(array)))
+
+  def room(leaf: str) -> np.ndarray | None:
+    (name, form), several = forms[leaf], len(targets(leaf)) > 1
+    found = None if several else write.room(name)
+    return None if found is None else form.load(found, leaves[leaf].shape)
+
+  finished = {leaf for leaf in forms if targets(leaf) <= write.finished}
+  return Put(put, frozenset(finished), room)
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

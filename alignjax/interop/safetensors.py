@@ -9,7 +9,6 @@ this format: it never unpickles and never guesses.
 import contextlib
 import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, TypeGuard
 
@@ -18,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from alignjax.core import files, journal
 from alignjax.core.journal import Journal, Put
 from alignjax.core.types import UserError
 
@@ -166,15 +166,16 @@ def writer(
   shards = _shards(tensors, shard_bytes)
   places: dict[str, tuple[IO[bytes], int]] = {}
   left = set(tensors)
-  journal = _continued(directory, tensors, shards) if resume else None
-  finished = frozenset(journal.found if journal else ())
+  book = _continued(directory, tensors, shards) if resume else None
+  finished = frozenset(book.found if book else ())
   left -= finished
   with contextlib.ExitStack() as stack:
     for file, names in shards.items():
-      if finished.isdisjoint(names):
+      if '://' in str(directory):
         opened = (directory / file).open('wb')
-      else:
-        opened = open(directory / file, 'r+b')  # epath cannot
+      else:  # epath cannot read what it writes
+        mode = 'w+b' if finished.isdisjoint(names) else 'r+b'
+        opened = open(directory / file, mode)
       stream: IO[bytes] = stack.enter_context(opened)
       header, starts = _header(tensors, names)
       stream.write(header)
@@ -190,19 +191,29 @@ def writer(
           f' {spec.dtype}{list(spec.shape)}'
         )
       stream, start = places[name]
-      stream.seek(start)
-      data = _bytes(array)
-      stream.write(data)
+      if name not in rooms:
+        stream.seek(start)
+        stream.write(_bytes(array))
       left.remove(name)
-      if journal is not None:
+      if book is not None:
         stream.flush()
-        journal.add(name, f'{zlib.crc32(data):08x}')
+        book.add(name, journal.checksum(array))
 
-    yield Put(put, finished)
+    rooms: set[str] = set()
+
+    def room(name: str) -> np.ndarray | None:
+      if '://' in str(directory):
+        return None
+      (stream, start), spec = places[name], tensors[name]
+      stream.flush()
+      rooms.add(name)
+      return files.window(stream.fileno(), start, spec.shape, spec.dtype)
+
+    yield Put(put, finished, room)
     if left:
       raise ValueError(f'tensors never put: {sorted(left)}')
-  if journal is not None:
-    journal.remove()
+  if book is not None:
+    book.remove()
   if len(shards) > 1:
     (directory / INDEX).write_text(_index(tensors, shards))
 
@@ -227,11 +238,11 @@ def _continued(
       data = read(Tensor(name, file, spec.shape, np.dtype(spec.dtype), start))
     except (OSError, UserError):  # not there, or shorter than it was
       return None
-    return f'{zlib.crc32(_bytes(data)):08x}'
+    return journal.checksum(data)
 
-  journal = Journal(directory / _JOURNAL)
-  journal.confirm(checksum)
-  return journal
+  book = Journal(directory / _JOURNAL)
+  book.confirm(checksum)
+  return book
 
 
 def _entries(file: epath.Path, text: bytes) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def total(
   """What pass `which` measures of the leaf, summed over its blocks."""
 
   def measured(block: tuple[int, int]) -> Any:
-    base, *models = map(arrays.float32, leaf.read(*block))
+    _, (base, *models) = _wide(how, leaf.read(*block))
     return how.passes[which].measure(base, tuple(models), stats)
 
   found: Any = None
@@ -119,12 +119,13 @@ def merged(
   leaf: Leaf,
   settings: Sequence[tuple[Any, Mapping[str, Any]]],
   block: tuple[int, int],
+  dtypes: Sequence[Any],
 ) -> list[np.ndarray]:
-  """float32 rows of the merge, for each (stats, numbers) of `settled`.
+  """Rows of the merge, for each (stats, numbers) of `settled` in its dtype.
 
   Raises UserError for inputs that are not finite.
   """
-  base, *models = map(arrays.float32, leaf.read(*block))
+  split, (base, *models) = _wide(how, leaf.read(*block))
   if not all(map(finite, (base, *models))):
     raise UserError(
       f'leaf {leaf.name!r} has NaN or infinite weights in one of the inputs, in'
@@ -137,12 +138,25 @@ def merged(
     start = block[0] * leaf.columns
     index = np.arange(start, start + base.size, dtype=np.uint32)
     index = index.reshape(base.shape)
-  return [
-    method.combine(
+  results = []
+  for (stats, numbers), dtype in zip(settings, dtypes):
+    x = method.combine(
       how, base, models, stats, numbers, name=leaf.name, index=index
     )
-    for stats, numbers in settings
-  ]
+    x = arrays.joined(x, dtype) if split else arrays.rounded(x, dtype)
+    results.append(x.reshape(-1, leaf.columns))
+  return results
+
+
+def _wide(
+  how: Method, found: Sequence[np.ndarray]
+) -> tuple[bool, list[np.ndarray]]:
+  """float32 of what was read, each array once; whether they are planes."""
+  free = not how.by_rows and not how.random
+  split = free and all(map(arrays.paired, found))
+  widen = arrays.planes if split else arrays.float32
+  known = {id(x): widen(x) for x in found}
+  return split, [known[id(x)] for x in found]
 
 
 def keep_freed_memory() -> None:

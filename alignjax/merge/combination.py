@@ -36,6 +36,10 @@ def _known(terms: Sequence[Any], weights: Sequence[np.float32]) -> Any:
   if weight == 1 and not others:
     return first
   total = weight * first
+  if not isinstance(total, np.ndarray):
+    return sum((weight * term for weight, term in others), total)
+  product: Any = None  # one array for all of them: half of the time
   for weight, term in others:
-    total += weight * term
+    product = np.multiply(weight, term, out=product)
+    total += product
   return total

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from alignjax.core.journal import Put
 from alignjax.core.types import UserError
 from alignjax.interop import convert
 from alignjax.interop.opened import Opened
@@ -48,7 +49,7 @@ def run(what: Plan, step: Step = lambda text: None) -> list[epath.Path]:
       puts.append(stack.enter_context(convert.writer(output, task)))
     behind = stack.enter_context(_behind())
     for name, spec in what.leaves.items():
-      left = [i for i, put in enumerate(puts) if name not in put.finished]
+      left = {i: p for i, p in enumerate(puts) if name not in p.finished}
       found = _merged(what, left, name, spec, totals, scratch, pool)
       for i, array in zip(left, found):
         array = convert.cast(array, what.outputs[i].leaves[name])
@@ -84,7 +85,7 @@ def _leaf(what: Plan, name: str, scratch: epath.PathLike) -> blocks.Leaf:
   whole = what.method.uses_base or len(shapes) > 1
   models = (what.base, *what.models) if whole else what.models
   found = inputs.matrices(models, name, what.turned, scratch)
-  first, others = found[0], found[1:] if whole else found
+  first = found[0]
 
   def cut(x: np.ndarray, start: int, stop: int) -> np.ndarray:
     if len(x) >= stop:
@@ -92,7 +93,8 @@ def _leaf(what: Plan, name: str, scratch: epath.PathLike) -> blocks.Leaf:
     return np.concatenate([x[start:], first[max(start, len(x)) : stop]])
 
   def read(start: int, stop: int) -> list[np.ndarray]:
-    return [cut(x, start, stop) for x in (first, *others)]
+    base, *rest = (cut(x, start, stop) for x in found)
+    return [base, *rest] if whole else [base, base, *rest]
 
   rows, columns = first.shape
   return blocks.Leaf(name, rows, columns, read)
@@ -119,7 +121,7 @@ def _totals(
 
 def _merged(
   what: Plan,
-  which: Sequence[int],
+  left: Mapping[int, Put],
   name: str,
   spec: jax.ShapeDtypeStruct,
   totals: Mapping[str, Any],
@@ -127,10 +129,10 @@ def _merged(
   pool: ThreadPoolExecutor,
 ) -> list[np.ndarray]:
   """The leaf of these outputs, in their dtypes."""
-  if not which:
+  if not left:
     return []
   if not arrays.floating(spec.dtype):
-    return [_same(what, name)] * len(which)
+    return [_same(what, name)] * len(left)
   leaf = _leaf(what, name, scratch)
   total = totals.get(method.group_of(name, what.group))
   settings = [
@@ -141,19 +143,15 @@ def _merged(
       total,
       pool,
     )
-    for i in which
+    for i in left
   ]
-  results = [
-    inputs.empty(
-      (leaf.rows, leaf.columns), what.outputs[i].leaves[name].dtype, scratch
-    )
-    for i in which
-  ]
+  results = [_result(what, i, put, leaf, scratch) for i, put in left.items()]
 
   def fill(block: tuple[int, int]) -> None:
-    found = blocks.merged(what.method, leaf, settings, block)
+    dtypes = [result.dtype for result in results]
+    found = blocks.merged(what.method, leaf, settings, block, dtypes)
     for result, x in zip(results, found):
-      result[slice(*block)] = arrays.rounded(x, result.dtype)
+      result[slice(*block)] = x
 
   for _ in blocks.in_order(pool, fill, leaf.blocks()):
     pass
@@ -161,6 +159,22 @@ def _merged(
   if not what.turned:
     return [x.reshape(shape) for x in results]
   return [inputs.stored_again(name, x, shape) for x in results]
+
+
+def _result(
+  what: Plan,
+  which: int,
+  put: Put,
+  leaf: blocks.Leaf,
+  scratch: epath.PathLike,
+) -> np.ndarray:
+  """Where a leaf is merged to: if it is large, the file where it will lie."""
+  spec = what.outputs[which].leaves[leaf.name]
+  if what.turned and inputs.large(spec.shape, spec.dtype):
+    room = put.room(leaf.name)
+    if room is not None:
+      return inputs.as_matrix(leaf.name, room, True)
+  return inputs.empty((leaf.rows, leaf.columns), spec.dtype, scratch)
 
 
 def _same(what: Plan, name: str) -> np.ndarray:

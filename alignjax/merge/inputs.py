@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from alignjax.core import files
 from alignjax.core.types import UserError
 from alignjax.interop import hf_names
 from alignjax.interop.open import absolute
@@ -168,15 +169,15 @@ def empty(
   shape: Sequence[int], dtype: Any, scratch: epath.PathLike
 ) -> np.ndarray:
   """An array to be filled; a large one takes disk, not memory."""
-  if math.prod(shape) * np.dtype(dtype).itemsize <= HELD_BYTES:
+  if not large(shape, dtype):
     return np.empty(shape, dtype)
   with tempfile.TemporaryFile(dir=scratch or None) as file:
-    out = np.memmap(file, np.dtype(np.uint8), 'w+', shape=_bytes(shape, dtype))
-  return out.view(np.ndarray).view(dtype).reshape(shape)
+    return files.window(file.fileno(), 0, shape, dtype)
 
 
-def _bytes(shape: Sequence[int], dtype: Any) -> tuple[int]:
-  return (math.prod(shape) * np.dtype(dtype).itemsize,)
+def large(shape: Sequence[int], dtype: Any) -> bool:
+  """Whether an array is too large to be held in memory."""
+  return math.prod(shape) * np.dtype(dtype).itemsize > HELD_BYTES
 
 
 def on_file(x: np.ndarray) -> bool:
@@ -185,7 +186,8 @@ def on_file(x: np.ndarray) -> bool:
   while owner is not None:
     if isinstance(owner, np.memmap | mmap.mmap):
       return True
-    owner = getattr(owner, 'base', None)
+    # An array on a buffer holds a memoryview of it.
+    owner = getattr(owner, 'obj', getattr(owner, 'base', None))
   return False
 
 

@@ -104,8 +104,8 @@ def _near_leaf(
   setting = blocks.settled(how, one, numbers, total)
   out = np.empty((one.rows, one.columns), np.asarray(base).dtype)
   for start, stop in one.blocks():
-    (x,) = blocks.merged(how, one, [setting], (start, stop))
-    out[start:stop] = arrays.rounded(x, out.dtype)
+    (x,) = blocks.merged(how, one, [setting], (start, stop), [out.dtype])
+    out[start:stop] = x
   if how.by_rows:
     out = inputs.stored_again(name, out, base.shape)
   out = np.ascontiguousarray(out).reshape(base.shape)

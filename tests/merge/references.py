@@ -24,7 +24,7 @@ def streamed(name, base, models, **numbers):
     method.check_total(how, 'layer_0', total)
   stats, given = blocks.settled(how, leaf, numbers, total)
   parts = [
-    blocks.merged(how, leaf, [(stats, given)], block)[0]
+    blocks.merged(how, leaf, [(stats, given)], block, [np.float32])[0]
     for block in leaf.blocks()
   ]
   assert all(part.dtype == np.float32 for part in parts)

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.core.journal import Journal, Put
+from alignjax.core.journal import Journal, Put, checksum
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
-from alignjax.merge import driver, planning
+from alignjax.merge import driver, inputs, planning
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
@@ -28,8 +28,10 @@ CONFIG = gemma(
 )
 
 
-@pytest.fixture(params=['alignjax', 'hf'])
+@pytest.fixture(params=['alignjax', 'hf', 'hf, all leaves large'])
 def paths(request, tmp_path, monkeypatch):
+  if 'large' in request.param:
+    monkeypatch.setattr(inputs, 'HELD_BYTES', 0)
   monkeypatch.setattr(model_dir, 'PART_BYTES', 1)  # a leaf, a part
   for seed in range(2):
     draw = np.random.default_rng(seed).normal
@@ -43,10 +45,10 @@ def paths(request, tmp_path, monkeypatch):
       params={'policy': weights},
       provenance={},
     )
-    if request.param == 'hf':
+    if request.param != 'alignjax':
       opened = open_model(tmp_path / f'own_{seed}')
       convert.run(convert.plan(opened, tmp_path / f'hf_{seed}', to='hf'))
-  kind = {'alignjax': 'own', 'hf': 'hf'}[request.param]
+  kind = 'own' if request.param == 'alignjax' else 'hf'
   return [tmp_path / f'{kind}_{seed}' for seed in range(2)]
 
 
@@ -129,6 +131,18 @@ def test_an_error_leaves_nothing(paths, tmp_path):
   with pytest.raises(ValueError, match='by a caller'):
     driver.run(what, step)
   assert not [path for path in tmp_path.iterdir() if 'out' in path.name]
+
+
+def test_a_checksum_tells_what_was_not_written():
+  x = np.random.default_rng(0).integers(1, 255, 30_001, np.uint8)
+  found = checksum(x)
+  assert checksum(x.copy()) == found
+  for place in (0, 5000, 29_999):
+    for width in (1, 4096):
+      other = x.copy()
+      other[place : place + width] = 0
+      assert checksum(other) != found
+  assert len({checksum(x[:n]) for n in (0, 1, 4095, 4096, 4097)}) == 5
 
 
 def test_a_journal_forgets_lines_that_were_cut(tmp_path):

@@ -1,0 +1,72 @@
+"""bfloat16 in blocks: as two planes, or in its own order; the same numbers."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from alignjax.merge import arrays, blocks, method
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def every_bfloat16(finite):
+  x = np.arange(2**16, dtype=np.uint16).view(BF16)
+  return x[np.isfinite(np.float32(x))] if finite else x
+
+
+def test_planes_are_the_even_and_the_odd_items():
+  x = every_bfloat16(finite=True)
+  even, odd = arrays.planes(x)
+  wide = np.float32(x)
+  assert even.tobytes() == wide[::2].tobytes()
+  assert odd.tobytes() == wide[1::2].tobytes()
+
+
+@pytest.mark.parametrize('finite', [True, False])
+@pytest.mark.parametrize('moved', [True, False])
+@pytest.mark.parametrize('dtype', [BF16, np.dtype('f4'), np.dtype('f2')])
+def test_planes_are_joined_as_whole_arrays_are_rounded(finite, moved, dtype):
+  planes = arrays.planes(every_bfloat16(finite))
+  if moved:
+    draw = np.random.default_rng(0).uniform(0.99, 1.01, planes.shape)
+    with np.errstate(all='ignore'):
+      planes = planes * draw.astype(np.float32)
+  flat = np.ascontiguousarray(planes.T).reshape(-1)
+  with np.errstate(all='ignore'):
+    found, expected = arrays.joined(planes, dtype), arrays.rounded(flat, dtype)
+  assert found.dtype == dtype
+  assert found.tobytes() == expected.tobytes()
+
+
+def leaf(inputs, rows, columns):
+  return blocks.Leaf(
+    'layer_0/x', rows, columns, lambda a, b: [x[a:b] for x in inputs]
+  )
+
+
+# Two rows look like two planes; an odd size has none.
+@pytest.mark.parametrize('shape', [(2, 6), (3, 5), (1, 8), (4, 3), (1, 1)])
+@pytest.mark.parametrize('name', ['linear', 'dare.linear'])
+def test_items_stay_in_their_places(shape, name):
+  draw = np.random.default_rng(1)
+  x = [draw.normal(size=shape).astype(BF16) for _ in range(3)]
+  base, *models = map(np.float64, x)
+  how, one = method.method(name), leaf(x, *shape)
+  numbers, expected = {}, sum(models) / 2
+  if name != 'linear':
+    numbers = {'density': 1.0}
+    expected = base + sum(model - base for model in models)
+  setting = blocks.settled(how, one, numbers)
+  (found,) = blocks.merged(how, one, [setting], (0, shape[0]), [BF16])
+  assert found.shape == shape
+  assert np.allclose(np.float64(found), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_models_of_another_dtype_are_merged_in_order():
+  draw = np.random.default_rng(2)
+  x = [draw.normal(size=(4, 6)).astype(dtype) for dtype in (BF16, BF16, 'f4')]
+  how, one = method.method('linear'), leaf(x, 4, 6)
+  setting = blocks.settled(how, one, {})
+  (found,) = blocks.merged(how, one, [setting], (0, 4), [np.float32])
+  mean = (np.float32(x[1]) + x[2]) / 2
+  assert np.allclose(found, mean, rtol=1e-6, atol=1e-7)
