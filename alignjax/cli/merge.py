@@ -49,6 +49,7 @@ _FIELDS: dict[str, Any] = {
   'overwrite': False,
   'allow_different_bases': False,
   'extrapolate': False,
+  'checksums': False,
   'dry_run': False,
 }
 
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
       'merge models that were trained from another init than the base',
     ),
     ('--extrapolate', 'numbers that interpolate may lie beyond their ends'),
+    ('--checksums', 'take digests of foreign inputs too: read once more'),
     ('--dry-run', 'check everything, say what would be done, write nothing'),
   ):
     add(flag, action='store_true', help=text)

@@ -191,9 +191,9 @@ def _provenance(
   what: Plan, numbers: Mapping[str, Any], totals: Mapping[str, Any]
 ) -> dict[str, Any]:
   def source(model: Opened) -> dict[str, Any]:
-    digest = inputs.digest(model, what.role)
-    known = {} if digest is None else {'digest': digest}
-    return {'path': str(model.path), **known}
+    path = str(model.path)
+    known = what.digests.get(path)
+    return {'path': path} | ({'digest': known} if known else {})
 
   merged: dict[str, Any] = {
     'method': what.method.name,

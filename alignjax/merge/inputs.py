@@ -23,7 +23,7 @@ from alignjax.interop.open import absolute
 from alignjax.interop.open import open as open_model
 from alignjax.interop.opened import Opened
 from alignjax.merge import blocks
-from alignjax.system import model_dir
+from alignjax.system import leaf_files, model_dir
 
 HELD_BYTES = 64 * 2**20  # a larger leaf lies in a file while it is used
 # What may differ between models that are merged: how a model is run, how many
@@ -191,16 +191,32 @@ def on_file(x: np.ndarray) -> bool:
   return False
 
 
-def digest(model: Opened, role: str) -> str | None:
-  """One name for the weights of one of our directories; None for others."""
-  if model.format != 'alignjax' or model.weights:
+def digest(model: Opened, role: str, foreign: bool = False) -> str | None:
+  """One name for a model's weights, the same in every format.
+
+  Ours have it written down. For others, if `foreign`, every leaf is read;
+  otherwise None.
+  """
+  if model.format == 'alignjax':
+    return model_dir.digest(model_dir.read(model.path), role)
+  if not foreign:
     return None
-  return model_dir.digest(model_dir.read(model.path), role)
+  allocate = functools.partial(empty, scratch='')
+  return model_dir.digest_of(
+    {
+      name: leaf_files.crc32(model.view(name, allocate))
+      for name in model.leaves
+    }
+  )
 
 
-def check_bases(base: Opened, models: Sequence[Opened], role: str) -> None:
-  """Models that say what they were trained from must say: from this base."""
-  expected = digest(base, role)
+def check_bases(
+  base: Opened, models: Sequence[Opened], expected: str | None
+) -> None:
+  """Models that say what they were trained from must say: from this base.
+
+  `expected` is the digest of the base.
+  """
   if expected is None:
     return
   for model in models:

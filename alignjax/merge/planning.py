@@ -34,7 +34,8 @@ class Plan(NamedTuple):
     numbers: of each output.
     outputs: how each is written.
     turned: leaves are taken with their outputs first.
-    options: dtype, pad and extrapolate as they were given.
+    options: dtype, pad, extrapolate and checksums as they were given.
+    digests: path of an input -> name of its weights, where it is known.
   """
 
   method: Method
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
   outputs: tuple[convert.Plan, ...]
   turned: bool
   options: dict[str, Any]
+  digests: Mapping[str, str]
 
   @property
   def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -114,6 +116,7 @@ def plan(
   dtype: str = 'keep',
   pad: bool = False,
   extrapolate: bool = False,
+  checksums: bool = False,
   **numbers: Any,
 ) -> Plan:
   """The merge by the method `name`. Raises UserError.
@@ -133,17 +136,15 @@ def plan(
     dtype: keep, which is the base's, bfloat16 or float32.
     pad: tables with other rows than the base's are cut, or filled from it.
     extrapolate: numbers that interpolate may lie beyond their ends.
+    checksums: inputs of foreign formats are read once more for their digests.
     **numbers: of the method; one of them may be a list of several.
   """
   options = {'dtype': dtype, 'pad': pad, 'extrapolate': extrapolate}
-  how, _ = method.method(name), method.group_of('', group)
-  if base is None and how.uses_base:
-    raise UserError(f'{name} needs --base, from which the task vectors are')
-  wanted = _outputs(out, numbers)  # path of a result -> its numbers
+  options['checksums'] = checksums
+  how, wanted = _how(name, base, group), _outputs(out, numbers)
   numbers_of = tuple(wanted.values())
   given = rules.parsed(where, how, numbers_of, len(models), extrapolate)
-  paths = (models[0] if base is None else base, *models)
-  first, *others = _inputs(paths, role, options, allow_different_bases)
+  first, *others = _inputs((base or models[0], *models), role, options)
   rules.check(given, first.leaves)
   return Plan(
     method=how,
@@ -158,14 +159,19 @@ def plan(
     ),
     turned=how.by_rows or first.format == 'hf',
     options=options,
+    digests=_digests(first, others, role, checksums, allow_different_bases),
   )
 
 
+def _how(name: str, base: epath.PathLike | None, group: str) -> Method:
+  how, _ = method.method(name), method.group_of('', group)
+  if base is None and how.uses_base:
+    raise UserError(f'{name} needs --base, from which the task vectors are')
+  return how
+
+
 def _inputs(
-  paths: Sequence[epath.PathLike],
-  role: str,
-  options: Mapping[str, Any],
-  allow_different_bases: bool,
+  paths: Sequence[epath.PathLike], role: str, options: Mapping[str, Any]
 ) -> list[Opened]:
   """Base and models, once they fit each other."""
   first, *others = inputs.opened(paths, role, pad=options['pad'])
@@ -176,9 +182,25 @@ def _inputs(
       f'merge of models of different dtypes: {"; ".join(wrong[:5])}{more};'
       ' say with --dtype which the result has'
     )
-  if not allow_different_bases:
-    inputs.check_bases(first, others, role)
   return [first, *others]
+
+
+def _digests(
+  base: Opened,
+  models: Sequence[Opened],
+  role: str,
+  checksums: bool,
+  allow_different_bases: bool,
+) -> dict[str, str]:
+  """Path -> digest of the inputs that have one, once they have one base."""
+  found = {
+    str(model.path): digest
+    for model in (base, *models)
+    if (digest := inputs.digest(model, role, checksums)) is not None
+  }
+  if not allow_different_bases:
+    inputs.check_bases(base, models, found.get(str(base.path)))
+  return found
 
 
 def _written(
@@ -201,8 +223,8 @@ def _written(
 def recorded(path: epath.PathLike) -> dict[str, Any]:
   """Arguments of `plan` that give a merged model again, but for `out`.
 
-  Raises UserError where the model does not say how it was merged, or a model
-  of ours that it came from holds other weights now.
+  Raises UserError where the model does not say how it was merged, or one that
+  it came from, and whose digest it has, holds other weights now.
   """
   model = inputs.opened([path], 'policy')[0]
   said = model.provenance.get('merge')
@@ -212,15 +234,14 @@ def recorded(path: epath.PathLike) -> dict[str, Any]:
     expected = source.get('digest')
     if expected is None:
       continue
-    found = inputs.digest(
-      inputs.opened([source['path']], said['role'])[0], said['role']
-    )
+    source_model = inputs.opened([source['path']], said['role'])[0]
+    found = inputs.digest(source_model, said['role'], foreign=True)
     if found != expected:
       raise UserError(
         f'{source["path"]} has other weights (digest {str(found)[:12]}) than'
         f' those that were merged ({expected[:12]})'
       )
-  kept = ('group', 'where', 'role', 'dtype', 'pad', 'extrapolate')
+  kept = 'group where role dtype pad extrapolate checksums'.split()
   return {
     'method': said['method'],
     'base': said['base']['path'],

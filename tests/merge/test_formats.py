@@ -1,10 +1,13 @@
 """Models of different formats in one merge, and out in any of them."""
 
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from alignjax.core import tree
+from alignjax.core.types import UserError
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
 from alignjax.merge import blocks, driver, inputs, merge, planning
@@ -127,6 +130,54 @@ def test_large_leaves_lie_in_files(models, tmp_path, monkeypatch):
   driver.run(planning.plan('linear', base=base, models=others, out=plain))
   digests = {model_dir.digest(model_dir.read(path)) for path in (out, plain)}
   assert len(digests) == 1
+
+
+def test_weights_have_one_name_in_every_format(models, tmp_path):
+  paths, _ = models
+  own = model_dir.digest(model_dir.read(paths['alignjax', 1]))
+  for to in FORMATS:
+    copy = shutil.copytree(paths[to, 1], tmp_path / to)
+    given = {'base': paths[to, 0], 'models': [copy], 'liti_rate': 0.3}
+    plain = planning.plan('liti', **given, out=tmp_path / f'plain_{to}')
+    assert plain.digests.get(str(copy)) == (own if to == 'alignjax' else None)
+    out = tmp_path / f'out_{to}'
+    driver.run(planning.plan('liti', **given, out=out, checksums=True))
+    (said,) = open_model(out).provenance['merge']['models']
+    assert said == {'path': str(copy), 'digest': own}
+    again = planning.recorded(out)
+    assert again.pop('checksums') and again['models'] == [str(copy)]
+    if to == 'alignjax':
+      continue
+    shutil.rmtree(copy)
+    shutil.copytree(paths[to, 2], copy)  # other weights under that name
+    with pytest.raises(UserError, match=f'{to} has other weights'):
+      planning.recorded(out)
+
+
+def test_another_base_is_found_by_its_weights(models, tmp_path):
+  paths, trees = models
+  own = model_dir.digest(model_dir.read(paths['alignjax', 0]))
+  model_dir.write(
+    tmp_path / 'run',
+    config=to_json(CONFIG),
+    params={'policy': tree.nested(trees[1])},
+    provenance={'init': {'checksum': own}},
+  )
+
+  def planned(seed, **more):
+    return planning.plan(
+      'liti',
+      base=paths['hf', seed],
+      models=[tmp_path / 'run'],
+      out=tmp_path / 'out',
+      **more,
+    )
+
+  planned(0, checksums=True)
+  planned(2)  # not known
+  with pytest.raises(UserError, match='different bases'):
+    planned(2, checksums=True)
+  planned(2, checksums=True, allow_different_bases=True)
 
 
 @pytest.mark.parametrize('shape', ['gemma2-2b', 'recurrentgemma-2b'])
