@@ -257,8 +257,11 @@ def main(argv: Sequence[str]) -> int:
     for note in output.notes:
       print(f'note: {note}')
   if dry_run:
+    from alignjax.merge import driver
+
     for output in what.outputs:
       print(f'would write {output.path}')
+    print(f'about {driver.seconds(what):.1f} s to read and merge, by one leaf')
     return console.OK
   begun = time.monotonic()
   try:

@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
@@ -40,7 +41,9 @@ def run(what: Plan, step: Step = lambda text: None) -> list[epath.Path]:
   with contextlib.ExitStack() as stack:
     pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
     scratch = _scratch(what.outputs[0].path)
-    totals = _totals(what, scratch, pool, step)
+    totals = _totals(what, what.leaves, scratch, pool, step)
+    for key, total in totals.items():
+      method.check_total(what.method, key, total)
     puts = []
     for output, numbers in zip(what.outputs, what.numbers):
       record = {**output.provenance, **_provenance(what, numbers, totals)}
@@ -61,6 +64,29 @@ def run(what: Plan, step: Step = lambda text: None) -> list[epath.Path]:
         if name in output.extra and name not in put.finished:
           behind(put, name, leaf)
   return [output.path for output in what.outputs]
+
+
+def seconds(what: Plan) -> float:
+  """About how long `run` reads and merges: one leaf is tried, for all of them.
+
+  The result is thrown away; how long it takes to write is not in it.
+  """
+  sizes = {
+    name: convert.size(spec)
+    for name, spec in what.leaves.items()
+    if arrays.floating(spec.dtype)
+  }
+  small = [name for name in sizes if sizes[name] <= inputs.HELD_BYTES]
+  tried = max(small or sizes, key=lambda name: sizes[name])
+  blocks.keep_freed_memory()
+  nowhere = {i: Put(lambda *named: None) for i in range(len(what.outputs))}
+  with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    begun = time.perf_counter()
+    totals = _totals(what, [tried], '', pool, lambda text: None)
+    spec = what.leaves[tried]
+    _merged(what, nowhere, tried, spec, totals, '', pool)
+    spent = time.perf_counter() - begun
+  return spent * sum(sizes.values()) / sizes[tried]
 
 
 @contextlib.contextmanager
@@ -101,21 +127,23 @@ def _leaf(what: Plan, name: str, scratch: epath.PathLike) -> blocks.Leaf:
 
 
 def _totals(
-  what: Plan, scratch: epath.PathLike, pool: ThreadPoolExecutor, step: Step
+  what: Plan,
+  names: Iterable[str],
+  scratch: epath.PathLike,
+  pool: ThreadPoolExecutor,
+  step: Step,
 ) -> dict[str, Any]:
-  """Group -> total of the first pass; empty if groups mean nothing to it."""
+  """Group -> total over these leaves; empty if groups mean nothing."""
   found: dict[str, Any] = {}
   if not what.method.grouped:
     return found
-  for name, spec in what.leaves.items():
-    if arrays.floating(spec.dtype):
+  for name in names:
+    if arrays.floating(what.leaves[name].dtype):
       leaf = _leaf(what, name, scratch)
       part = blocks.total(what.method, 0, leaf, None, pool)
       key = method.group_of(name, what.group)
       found[key] = found[key] + part if key in found else part
     step(f'measured {name}')
-  for key, total in found.items():
-    method.check_total(what.method, key, total)
   return found
 
 

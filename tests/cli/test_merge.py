@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -97,7 +98,9 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
   before = sorted(tmp_path.iterdir())
   assert merge.main([*SLERP, '--out', 'o', '--dry-run']) == 0
   assert sorted(tmp_path.iterdir()) == before
-  assert f'would write {tmp_path}/o\n' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert f'would write {tmp_path}/o\n' in said
+  assert re.search(r'about [\d.]+ s to read and merge', said)
 
 
 @pytest.mark.parametrize(
