@@ -100,10 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     ('--dry-run', 'check everything, say what would be done, write nothing'),
   ):
     add(flag, action='store_true', help=text)
-  numbers = sorted({name for _, _, names in _methods() for name in names})
-  for name in numbers:
-    add(f'--{name}', nargs='+', type=_number, help=argparse.SUPPRESS)
+  add_numbers(parser)
   return parser
+
+
+def add_numbers(parser: argparse.ArgumentParser) -> None:
+  """A flag for every number that a method has, unless the verb has its own."""
+  taken = {action.dest for action in parser._actions}
+  for name in sorted({name for _, _, names in _methods() for name in names}):
+    if name not in taken:
+      flag = f'--{name}'
+      parser.add_argument(flag, nargs='+', type=_number, help=argparse.SUPPRESS)
 
 
 def _number(text: str) -> float:
