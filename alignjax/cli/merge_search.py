@@ -34,6 +34,8 @@ example
   alignjax merge search slerp --base sft --models a b --numbers t
     --evaluation runs/x/evaluate/job.json --workdir runs/search
 """
+_AT_RANDOM = """
+note: no more --trials than the --population, so that all are drawn at random"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,6 +148,7 @@ class Search(NamedTuple):
     batches: (searched, held out).
     seen: of all prompts, those that the search sees, or their twins.
     space: what is searched.
+    bytes: of the weights that are in memory at once.
   """
 
   args: argparse.Namespace
@@ -156,11 +159,13 @@ class Search(NamedTuple):
   batches: tuple[list, list]
   seen: Any
   space: Any
+  bytes: int
 
 
 def _prepared(args, plain: dict[str, Any]) -> Search:
   """Checks everything before anything is computed."""
   from alignjax.cli import evaluate
+  from alignjax.interop import convert
   from alignjax.merge import method, search
 
   search.check_installed()
@@ -184,7 +189,13 @@ def _prepared(args, plain: dict[str, Any]) -> Search:
   setting = evaluate.setting_of(config)
   batches = _split(config, setting.batches, args.held_out)
   seen = _seen(*batches)
-  return Search(args, plain, entries, fixed, setting, batches, seen, space)
+  # Base and models, a merge, and on the device the merge and the reference.
+  held = (len(args.models) + 4) * sum(
+    map(convert.size, default.leaves.values())
+  )
+  return Search(
+    args, plain, entries, fixed, setting, batches, seen, space, held
+  )
 
 
 def _fixed(args) -> dict[str, Any]:
@@ -290,8 +301,10 @@ def _said(search: Search) -> str:
   held = int((~search.seen).sum())
   twins = int(search.seen.sum()) - searched
   return (
-    f'{args.method}: {intervals}; {space.size} variable(s), layers {layers}\n'
+    f'{args.method}: {intervals}; {space.size} variable(s), layers {layers};'
+    f' weights in memory about {search.bytes / 2**20:.0f} MiB\n'
     f'{args.trials} trials on {searched} prompts; then base, parents, default '
     f'merge and best on {held} held-out prompts'
     + (f' ({twins} more are twins of searched ones)' if twins else '')
+    + ('' if args.trials > args.population else _AT_RANDOM)
   )

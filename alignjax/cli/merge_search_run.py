@@ -71,7 +71,10 @@ def run(search: Search) -> None:
 
 
 def _claim(search: Search, guests: Mapping[str, str]) -> None:
-  """W/config.json says what is searched; another search is refused."""
+  """W/config.json says what is searched; another search is refused.
+
+  How many trials is not part of it: more continue the same search.
+  """
   args = search.args
   told = ('method', 'population', 'kl_coef', 'seed', 'held_out', 'group')
   found = {
@@ -91,7 +94,6 @@ def _claim(search: Search, guests: Mapping[str, str]) -> None:
   file = args.workdir / 'config.json'
   if file.exists():
     old = json.loads(file.read_text('utf-8'))
-    old.pop('trials', None)  # more of them are the same search, continued
     if changed := configs.difference(old, found):
       raise UserError(
         f'{args.workdir} holds another search: {"; ".join(changed)}; expected '
@@ -101,7 +103,7 @@ def _claim(search: Search, guests: Mapping[str, str]) -> None:
     raise UserError(
       f'{args.workdir} has trials, but no {file.name} of a search'
     )
-  files.write(file, configs.to_json({**found, 'trials': args.trials}))
+  files.write(file, configs.to_json(found))
 
 
 def _trials(search: Search, config, guests) -> list[dict[str, Any]]:
