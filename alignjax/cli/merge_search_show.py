@@ -46,9 +46,7 @@ def judged(
     best: the name of what the search has found.
   """
   per_prompt = {
-    name: (found.rewards[..., 0].astype(np.float64) - kl_coef * found.kl).mean(
-      axis=1
-    )
+    name: _objective(found, kl_coef).mean(axis=1)
     for name, found in results.items()
   }
   mean = {name: float(x[:searched].mean()) for name, x in per_prompt.items()}
@@ -66,6 +64,12 @@ def judged(
     mean,
     gains,
   )
+
+
+def _objective(found: Responses, kl_coef: float) -> np.ndarray:
+  """[P, N] in float64."""
+  reward, kl = (x.astype(np.float64) for x in (found.rewards[..., 0], found.kl))
+  return reward - kl_coef * kl
 
 
 def rows(found: Responses, which: np.ndarray) -> Responses:
