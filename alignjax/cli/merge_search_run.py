@@ -62,6 +62,7 @@ def run(search: Search) -> None:
     'numbers': best['numbers'],
     'where': list(rules),
     'kl_coef': args.kl_coef,
+    'objectives': [row['objective'] for row in rows],
     'searched': told.searched,
     'gains': told.gains,
   }

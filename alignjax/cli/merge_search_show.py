@@ -20,7 +20,8 @@ class Judged(NamedTuple):
     objectives: name -> interval over the held-out prompts.
     searched: name -> mean objective over the searched prompts.
     gains: what best has more than each other model: 'searched', a mean, and
-      'held_out', an interval of the differences of the same prompts.
+      'held_out', an interval of the differences of the same prompts, and in
+      words a 'verdict'.
   """
 
   results: dict[str, Responses]
@@ -50,14 +51,15 @@ def judged(
     for name, found in results.items()
   }
   mean = {name: float(x[:searched].mean()) for name, x in per_prompt.items()}
-  gains = {
-    name: {
-      'searched': mean[best] - mean[name],
-      'held_out': interval((per_prompt[best] - x)[~seen, None]),
-    }
-    for name, x in per_prompt.items()
-    if name != best
-  }
+  gains: dict[str, dict[str, Any]] = {}
+  for name, x in per_prompt.items():
+    held = interval((per_prompt[best] - x)[~seen, None])
+    if name != best:
+      gains[name] = {
+        'searched': mean[best] - mean[name],
+        'held_out': held,
+        'verdict': verdict(held),
+      }
   return Judged(
     {name: rows(found, ~seen) for name, found in results.items()},
     {name: interval(x[~seen, None]) for name, x in per_prompt.items()},
@@ -107,7 +109,7 @@ def table(document: Mapping[str, Any]) -> str:
     held = gain['held_out']
     lines.append(
       f'  than {name:{width}}  {gain["searched"]:+9.4f} searched'
-      f'  {_said(held, "+")} held out: {verdict(held)}'
+      f'  {_said(held, "+")} held out: {gain["verdict"]}'
     )
   lines += ['', *(f"  --where '{rule}'" for rule in search['where']), '']
   return '\n'.join(lines)
@@ -118,7 +120,7 @@ def verdict(gain: Mapping[str, float]) -> str:
   if gain['low'] > 0:
     return 'it holds out'
   if gain['high'] < 0:
-    return 'it is lost, and less is left'
+    return 'lost, it is worse'
   return 'not to be told from 0'
 
 

@@ -166,7 +166,11 @@ def test_held_out_prompts_are_others(whole):
 def test_the_report_reads_it(whole, tmp_path):
   out = tmp_path / 'report.html'
   assert report.main([str(whole), '--out', str(out)]) == 0
-  assert 'default merge' in out.read_text()
+  page = out.read_text()
+  assert 'The search for the numbers' in page and 'best so far' in page
+  document = json.loads((whole / 'evaluation.json').read_text())
+  for gain in document['search']['gains'].values():
+    assert gain['verdict'] in page
 
 
 def test_an_interrupted_search_goes_on(whole, made, monkeypatch, capsys):
