@@ -34,7 +34,9 @@ def run(search: Search) -> None:
   rows = _trials(search, config, guests[0])
   best = searching.best(rows)
   rules = searching.where(search.space, best['numbers'])
-  # Kinds of their own: the report knows SLERP and LERP with default numbers.
+  # SLERP and LERP with default numbers are kinds that the report judges.
+  known = {'slerp': 'slerp', 'linear': 'lerp', 'lerp': 'lerp'}
+  kinds = {DEFAULT: known.get(args.method, DEFAULT), BEST: BEST}
   added, setting = [], search.setting
   directories = dict(setting.directories)
   for name, folder, where in (
@@ -42,7 +44,7 @@ def run(search: Search) -> None:
     (BEST, 'model', rules),
   ):
     (path,) = driver.run(planned(args, search.fixed, folder, where))
-    added.append({'name': name, 'kind': name, 'path': str(path)})
+    added.append({'name': name, 'kind': kinds[name], 'path': str(path)})
     directories[name] = parts.opened(str(path), setting.shape, name)
   config = config_of(args, search.plain, [*search.entries, *added])
   setting = setting._replace(directories=directories)

@@ -20,12 +20,13 @@ FOUND = '#0072b2'
 
 def searched_html(evaluation: Mapping[str, Any], salt: str) -> str:
   """The chart and the table of gains; '' where nothing was searched."""
-  search = evaluation.get('search')
-  if not search or not search.get('objectives'):
+  search = evaluation.get('search') or {}
+  objectives = search.get('objectives') or []
+  if all(value is None for value in objectives):
     return ''
   rows = ''.join(_row(name, gain) for name, gain in search['gains'].items())
   coef = f'{search["kl_coef"]:g}'
-  refused = sum(value is None for value in search['objectives'])
+  refused = objectives.count(None)
   note = (
     f'Objective (mean reward − {coef} KL) of each trial on the prompts of the '
     'search; the line is the best so far. '

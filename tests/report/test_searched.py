@@ -28,4 +28,4 @@ def test_trials_and_gains():
 
 def test_nothing_was_searched():
   assert searched_html({}, 'salt') == ''
-  assert searched_html({'search': search([])}, 'salt') == ''
+  assert searched_html({'search': search([None])}, 'salt') == ''
