@@ -27,7 +27,8 @@ several values of a number give several results in one pass over the inputs:
 OUT/t_0.50, OUT/liti_0.30.
 
 rules (--where) give other numbers to the leaves whose whole name matches; the
-first that matches wins; a list of values is spread over the depth.
+first that matches wins; a list of values is spread over the depth, but that
+of weights has one per model.
 
 examples
   alignjax merge slerp --base sft --models run1 run2 --out merged --t 0.5

@@ -24,7 +24,7 @@ _EPILOG = """\
 A variable per number (of weights, per model) and per group: the depth is cut
 into --groups equal parts; the embedding goes with the first, the final norm
 with the last. The numbers of METHOD that are not searched may be given as in
-`alignjax merge` (--density 0.3); random methods draw with their own seed.
+`alignjax merge` (--density 0.3); random methods draw with their default seed.
 
 E is a config of `alignjax evaluate`, whose models and reference are replaced;
 --evaluation.prompts=64 sets a field of it. The objective is the mean reward

@@ -154,10 +154,7 @@ def _trials(search: Search, config, guests) -> list[dict[str, Any]]:
     def step(rows):
       last = rows[-1]['objective']
       said = 'refused' if last is None else f'{last:.4f}'
-      top = max(
-        (r['objective'] for r in rows if r['objective'] is not None),
-        default=float('nan'),
-      )
+      top = searching.best(rows)['objective']
       advance(len(rows), f'best {top:.4f} last {said}')
 
     return searching.run(

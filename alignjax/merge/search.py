@@ -239,7 +239,8 @@ def run(
   cannot be used. `step` is told the trials so far, once for those of the file
   together and then after each.
 
-  Raises UserError if the file holds more trials or those of another search.
+  Raises UserError if the file holds more trials or those of another search, or
+  if the first trial cannot be used: then it is not the numbers' fault.
   """
   proposed = proposals(of, population=population, seed=seed)
   rows: list[dict[str, Any]] = []
@@ -257,6 +258,10 @@ def run(
     step(rows)
   while len(rows) < trials:
     row = {'trial': len(rows) + 1, 'numbers': asked, **measure(asked)}
+    if not rows and row['objective'] is None:
+      raise UserError(
+        f'the middle of all intervals cannot be used: {row.get("refused")}'
+      )
     _append(file, row)
     rows.append(row)
     step(rows)
@@ -280,13 +285,8 @@ def measured(
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-  """The trial of the highest objective, of equal ones the first.
-
-  Raises UserError if none has one.
-  """
+  """The trial of the highest objective, of equal ones the first."""
   used = [row for row in rows if row['objective'] is not None]
-  if not used:
-    raise UserError(f'no trial can be used: {rows[0].get("refused")}')
   return max(used, key=lambda row: row['objective'])
 
 

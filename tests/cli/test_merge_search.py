@@ -313,3 +313,10 @@ def test_help_needs_no_jax():
   words = [sys.executable, '-c', code]
   said = subprocess.run(words, capture_output=True, text=True, check=True)
   assert '--held_out' in said.stdout and 'KL to the base' in said.stdout
+
+
+def test_what_the_method_refuses_ends_the_search_at_once(made):
+  more = ['--models', 'a', 'b', 'a']
+  with pytest.raises(UserError, match='takes t for two models only'):
+    search('three', *more)
+  assert not (made / 'three/search.jsonl').exists()

@@ -253,8 +253,15 @@ def test_trials_that_cannot_be_used_are_the_worst(tmp_path):
   rows = run(space(), measure, tmp_path / 'trials', 160)
   assert any(row['objective'] is None for row in rows)
   assert 0.55 < search.best(rows)['numbers']['t'][0] <= 0.6
-  with pytest.raises(UserError, match='no trial can be used: too far'):
-    search.best([row for row in rows if row['objective'] is None])
+
+
+def test_where_the_middle_cannot_be_used_nothing_is_tried(tmp_path):
+  def measure(numbers):
+    return {'objective': None, 'refused': 'opposite'}
+
+  with pytest.raises(UserError, match='middle .* cannot be used: opposite'):
+    run(space(), measure, tmp_path / 'trials', 160)
+  assert not (tmp_path / 'trials').exists()
 
 
 def test_an_objective_is_finite_or_none():
