@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SEARCH = ['cmaes']
 TEST = [
+  *SEARCH,
   'basedpyright',
   'hypothesis',
   'pytest',
@@ -49,6 +51,7 @@ setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'plan': ['jax[tpu]'],  # with the libtpu that this jaxlib can read
+    'search': SEARCH,  # alignjax merge search
     'test': TEST,
   },
   entry_points={'console_scripts': ['alignjax = alignjax.cli.__main__:main']},

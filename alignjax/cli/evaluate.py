@@ -41,10 +41,17 @@ def main(argv: Sequence[str]) -> int:
   config, _, rest = configs.load(['--config', arguments.config, *rest])
   if rest:
     raise UserError(f'unknown argument {rest[0]!r}; `alignjax evaluate --help`')
+  check(config, arguments.config)
+  _evaluate(config, arguments.workdir)
+  return console.OK
+
+
+def check(config, file: str) -> None:
+  """Raises UserError for what is missing or wrong at a glance."""
   embedding: Any = config.get('embedding') or {}
   configs.check(
     config,
-    arguments.config,
+    file,
     'tokenizer model source reward models reference seed'.split(),
     prompts=2,  # one has no interval
     responses=2 if embedding.get('path') else 1,
@@ -61,11 +68,9 @@ def main(argv: Sequence[str]) -> int:
     raise UserError(
       f'reference: {config.reference!r} is none of the models {names}'
     )
-  _evaluate(config, arguments.workdir)
-  return console.OK
 
 
-class _Setting(NamedTuple):
+class Setting(NamedTuple):
   """What all models of an evaluation share."""
 
   tokens: Any
@@ -77,7 +82,7 @@ class _Setting(NamedTuple):
   writers: dict[tuple[int, float], Any]
 
 
-def _setting(config) -> _Setting:
+def setting_of(config) -> Setting:
   """Builds and checks everything before anything is computed."""
   import numpy as np
 
@@ -111,7 +116,7 @@ def _setting(config) -> _Setting:
       'models: guidance_scale needs negative prompts; set source.uncond'
     )
   reward = parts.reward(config, tokens, source)
-  return _Setting(
+  return Setting(
     tokens=tokens,
     shape=shape,
     reward=parts.with_diversity(reward, config, tokens),
@@ -142,14 +147,34 @@ def _scale(config, name: str) -> float:
 
 
 def _evaluate(config, workdir: Path) -> None:
+  import numpy as np
+
+  from alignjax.cli import parts
+
+  setting = setting_of(config)
+  guests = guests_of(config, setting)
+  workdir.mkdir(parents=True, exist_ok=True)
+  parts.compilation_cache(workdir)
+  results = evaluated(config, workdir, setting, guests)
+  ids = np.concatenate([batch['id'] for batch in setting.batches])
+  write(workdir, document(config, setting, results, ids))
+
+
+def guests_of(config, setting: Setting) -> tuple[dict[str, Any], dict]:
+  """(parameters, digests) of the models that the reward reads."""
   from alignjax.cli import parts
   from alignjax.rewards import compose
 
-  setting = _setting(config)
-  roles = compose.roles(setting.reward)
-  guests, read = parts.guests(config, setting.tokens, roles)
-  workdir.mkdir(parents=True, exist_ok=True)
-  parts.compilation_cache(workdir)
+  return parts.guests(config, setting.tokens, compose.roles(setting.reward))
+
+
+def evaluated(
+  config, workdir: Path, setting: Setting, guests: tuple[dict[str, Any], dict]
+) -> dict[str, Any]:
+  """Name -> `Responses` to the setting's batches; kept in W/responses."""
+  from alignjax.cli import parts
+
+  roles, read = guests
   plain = configs.plain(config)
   plain.pop('models')
   plain.pop('objectives', None)  # what is drawn, not what is written
@@ -179,15 +204,15 @@ def _evaluate(config, workdir: Path) -> None:
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
     kept = _kept(workdir / 'responses' / file, stamp)
     if kept is None:
-      bundle = {**guests, 'policy': load(name), 'reference': reference}
+      bundle = {**roles, 'policy': load(name), 'reference': reference}
       label = f'evaluate {len(results) + 1}/{len(digests)} {name}'
       kept = _responses(config, setting, bundle, label, name, words[name])
       _keep(workdir / 'responses' / file, stamp, kept)
     results[name] = kept
-  _write(config, workdir, setting, results)
+  return results
 
 
-def _responses(config, setting: _Setting, bundle, label, name: str, words):
+def _responses(config, setting: Setting, bundle, label, name: str, words):
   import jax
 
   from alignjax import evaluate
@@ -249,9 +274,8 @@ def _keep(file: Path, stamp: str, found) -> None:
   files.write(file, out.getvalue())
 
 
-def _write(config, workdir: Path, setting: _Setting, results) -> None:
-  import numpy as np
-
+def document(config, setting: Setting, results, ids) -> dict[str, Any]:
+  """evaluation.json, of responses to the prompts of these `ids`."""
   from alignjax import evaluate
   from alignjax.stages.score import names as score_names
 
@@ -268,11 +292,9 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
     }
     for entry in config.models
   ]
-  ids = np.concatenate([batch['id'] for batch in setting.batches])[
-    : config.samples
-  ]
   samples = []
-  for p, (number, facts) in enumerate(zip(ids, setting.source.records(ids))):
+  some = ids[: config.samples]
+  for p, (number, facts) in enumerate(zip(some, setting.source.records(some))):
     written = {}
     for name, found in results.items():
       text = setting.tokens.decode(
@@ -283,10 +305,10 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
     samples.append(
       {'id': int(number), 'prompt': facts['prompt'], 'responses': written}
     )
-  document = {
+  return {
     'format': 1,
     'reference': config.reference,
-    'prompts': config.prompts,
+    'prompts': len(ids),
     'responses': config.responses,
     'temperature': config.temperature,
     'max_new_tokens': config.max_new_tokens,
@@ -295,6 +317,10 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
     'best_of_n': evaluate.best_of_n(reference),
     'samples': samples,
   }
+
+
+def write(workdir: Path, document: dict[str, Any]) -> None:
+  """W/evaluation.json, which the report reads."""
   text = json.dumps(document, indent=1)
   files.write(workdir / 'evaluation.json', text + '\n')
 

@@ -27,7 +27,8 @@ several values of a number give several results in one pass over the inputs:
 OUT/t_0.50, OUT/liti_0.30.
 
 rules (--where) give other numbers to the leaves whose whole name matches; the
-first that matches wins; a list of values is spread over the depth.
+first that matches wins; a list of values is spread over the depth, but that
+of weights has one per model.
 
 examples
   alignjax merge slerp --base sft --models run1 run2 --out merged --t 0.5
@@ -102,10 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     ('--dry-run', 'check everything, say what would be done, write nothing'),
   ):
     add(flag, action='store_true', help=text)
-  numbers = sorted({name for _, _, names in _methods() for name in names})
-  for name in numbers:
-    add(f'--{name}', nargs='+', type=_number, help=argparse.SUPPRESS)
+  add_numbers(parser)
   return parser
+
+
+def add_numbers(parser: argparse.ArgumentParser) -> None:
+  """A flag for every number that a method has, unless the verb has its own."""
+  taken = {action.dest for action in parser._actions}
+  for name in sorted({name for _, _, names in _methods() for name in names}):
+    if name not in taken:
+      flag = f'--{name}'
+      parser.add_argument(flag, nargs='+', type=_number, help=argparse.SUPPRESS)
 
 
 def _number(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What `alignjax merge` does beside averaging: stacks layers, adapters.
+"""What `alignjax merge` does beside averaging: stacks layers, adapters, search.
 
 `main` for the names of NAMES; each opens a model that is made of others and
 writes it as `convert` would, or writes an adapter.
@@ -17,6 +17,7 @@ NAMES = {
   'lora.extract': 'the adapter of rank --rank that is nearest to what training'
   " has added to --base, in PEFT's files",
   'lora.fold': "adds an adapter of PEFT's, --adapter, to --base",
+  'search': 'the numbers of METHOD, per group of layers, that evaluate best',
 }
 
 
@@ -46,6 +47,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 def main(name: str, argv: Sequence[str]) -> int:
   """Raises UserError."""
+  if name == 'search':
+    from alignjax.cli import merge_search
+
+    return merge_search.main(argv)
   args = _parser(name).parse_args(argv)
 
   from alignjax.interop.open import open as open_model

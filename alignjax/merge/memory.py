@@ -14,7 +14,7 @@ import numpy as np
 
 from alignjax.core import tree
 from alignjax.core.types import Params, UserError
-from alignjax.merge import arrays, blocks, inputs, method
+from alignjax.merge import arrays, blocks, inputs, method, rules
 from alignjax.merge.method import Method
 
 
@@ -24,6 +24,7 @@ def merge(
   base: Params | None = None,
   models: Sequence[Params],
   group: str = 'layer',
+  where: Sequence[str] = (),
   extrapolate: bool = False,
   **numbers: Any,
 ) -> Params:
@@ -34,6 +35,7 @@ def merge(
     base: the init of the task vectors; the first model for methods without.
     models: trees of the same names and shapes.
     group: what shares an angle: layer, tensor or all.
+    where: rules 'REGEX:name=value[,name=value]' of some leaves; see `rules`.
     extrapolate: numbers that interpolate may lie beyond their ends.
     **numbers: t, weights, liti_rate, density, ...: see the method.
 
@@ -43,7 +45,7 @@ def merge(
   """
   how = method.method(name)
   numbers = {k: v for k, v in numbers.items() if v is not None}
-  method.check_numbers(how, numbers, len(models), extrapolate)
+  given = rules.parsed(where, how, [numbers], len(models), extrapolate)
   method.group_of('', group)
   if base is None:
     if how.uses_base:
@@ -55,6 +57,8 @@ def merge(
   )
   if any(leaf.startswith('groups/') for leaf in first):
     raise UserError('merge takes canonical trees: call tree.unstack first')
+  rules.check(given, first)
+  layers = rules.depth(first)
   near = all(map(_near, (x for of in (first, *others) for x in of.values())))
   near &= all(map(arrays.known, jax.tree.leaves(numbers)))
   total_of = _near_total if near else _far_total
@@ -74,7 +78,8 @@ def merge(
     if not is_float(x):
       return same_integers(leaf, x, leaves[leaf])
     total = totals.get(method.group_of(leaf, group))
-    return leaf_of(how, leaf, x, leaves[leaf], numbers, total)
+    own = rules.numbers(given, leaf, numbers, layers)
+    return leaf_of(how, leaf, x, leaves[leaf], own, total)
 
   return tree.map_named(one, base)
 

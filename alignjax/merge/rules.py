@@ -3,11 +3,12 @@
 The last colon that assigns separates; a rule is for the leaves whose whole name
 matches, the first that matches wins, and one that matches nothing is an error.
 A value is a number, or numbers at equal distances over the depth of the model,
-'[0,0.5,1]', between which the layers' values lie on straight lines.
+'[0,0.5,1]', between which the layers' values lie on straight lines. The list of
+`weights` is another: one weight per model, in all leaves of the rule.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ class Rule(NamedTuple):
 
   text: str
   pattern: re.Pattern[str]
-  numbers: dict[str, float | tuple[float, ...]]
+  numbers: dict[str, float | tuple[float, ...] | list[float]]
 
 
 def parsed(
@@ -75,6 +76,12 @@ def numbers(
   return {**given, **changed}
 
 
+def depth(leaves: Iterable[str]) -> int:
+  """How many layers a model with leaves of these names has."""
+  found = (re.search(r'layer_(\d+)/', leaf) for leaf in leaves)
+  return 1 + max((int(place[1]) for place in found if place), default=-1)
+
+
 def _at(values: Sequence[float], leaf: str, layers: int) -> float:
   """Values over the depth; what lies before and after has the ends."""
   place = re.search(r'layer_(\d+)/', leaf)
@@ -98,13 +105,13 @@ def _each(numbers: Mapping[str, Any]):
 
 def _rule(text: str) -> Rule:
   form = _FORM.fullmatch(text)
-  found: dict[str, float | tuple[float, ...]] = {}
+  found: dict[str, float | tuple[float, ...] | list[float]] = {}
   end = 0
   if form is not None:
     while match := _ASSIGNMENT.match(form['all'], end):
       end = match.end()
       try:
-        found[match[1]] = _value(match[2])
+        found[match[1]] = _value(match[1], match[2])
       except ValueError:
         found = {}
         break
@@ -118,10 +125,12 @@ def _rule(text: str) -> Rule:
     raise UserError(f'--where {text!r}: bad regex: {error}') from error
 
 
-def _value(text: str) -> float | tuple[float, ...]:
+def _value(name: str, text: str) -> float | tuple[float, ...] | list[float]:
   if not text.startswith('['):
     return float(text)
   values = [float(part) for part in text[1:-1].split(',')]
+  if name == 'weights':
+    return values
   return tuple(values) if len(values) > 1 else values[0]
 
 

@@ -21,6 +21,7 @@ from alignjax.report.front import front_svg, sweeps
 from alignjax.report.goodput import goodput_html
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
+from alignjax.report.searched import searched_html
 from alignjax.report.tables import models_html
 from alignjax.report.tradeoff import tradeoff_html
 
@@ -67,6 +68,8 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     if chart := tradeoff_html(evaluation, f'tradeoff {number}'):
       said = f'One objective against the other{heading}'
       sections.append(_section(said, chart))
+    if chart := searched_html(evaluation, f'search {number}'):
+      sections.append(_section(f'The search for the numbers{heading}', chart))
   if curves := curves_html(what.runs):
     note = (
       'The strong line is a running mean over a tenth of the steps, the '
