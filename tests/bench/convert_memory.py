@@ -9,15 +9,13 @@ checkpoint's size of disk.
 """
 
 import argparse
-import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
+from watch import watched
 
 from alignjax.core import tree
 from alignjax.interop import hf
@@ -41,24 +39,6 @@ def random_checkpoint(path: Path, shape: str) -> tuple[int, int]:
   return sum(sizes), max(sizes)
 
 
-def watched(*words: str) -> tuple[float, int]:
-  """Runs a convert; its seconds and largest RssAnon in bytes."""
-  begun, peak = time.perf_counter(), 0
-  command = [sys.executable, '-m', 'alignjax.cli.convert', *words]
-  process = subprocess.Popen(command)
-  while process.poll() is None:
-    try:
-      status = Path(f'/proc/{process.pid}/status').read_text()
-    except OSError:
-      break
-    if match := re.search(r'RssAnon:\s+(\d+) kB', status):
-      peak = max(peak, 1024 * int(match[1]))
-    time.sleep(0.01)
-  if process.wait():
-    sys.exit(f'{" ".join(words)} failed')
-  return time.perf_counter() - begun, peak
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--shape', default='gemma2-2b')
@@ -69,7 +49,8 @@ def main() -> None:
   print(f'{args.shape}: {total / 1e9:.2f} GB, largest {largest / 1e9:.2f} GB')
   for source, target, to in ((a, b, 'alignjax'), (b, c, 'hf')):
     words = str(source), str(target), '--to', to, '--verify', '--overwrite'
-    seconds, peak = watched(*words)
+    command = [sys.executable, '-m', 'alignjax.cli.convert', *words]
+    seconds, _, peak = watched(command)
     print(
       f'to {to}: {seconds:.0f} s, peak {peak / 1e9:.2f} GB of anonymous'
       f' memory, {peak / largest:.1f} times the largest tensor'
