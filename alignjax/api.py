@@ -19,7 +19,8 @@ from etils import epath
 from jaxtyping import Array, Float, Int
 
 from alignjax.core import tree
-from alignjax.core.types import Params, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Params
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer
 from alignjax.interop import convert
 from alignjax.interop import open as files_of

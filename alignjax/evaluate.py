@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.core.types import Batch, Model, Params, Reward, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import (
+  Batch,
+  Model,
+  Params,
+  Reward,
+)
 from alignjax.losses.calibration import best_of_n_chance, best_of_n_kl
 from alignjax.losses.divergence import kl
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens

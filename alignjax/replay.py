@@ -14,7 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from alignjax import train
-from alignjax.core.types import Recipe, Source, TrainState, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Recipe, Source, TrainState
 from alignjax.system import checkpoint, metrics
 from alignjax.system import mesh as meshes
 from alignjax.system.rows import to_mesh

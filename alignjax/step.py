@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from alignjax.core import tree
+from alignjax.core.errors import UserError
 from alignjax.core.types import (
   Batch,
   Mean,
@@ -22,7 +23,6 @@ from alignjax.core.types import (
   Peak,
   Recipe,
   TrainState,
-  UserError,
 )
 from alignjax.system import mesh as meshes
 

@@ -9,7 +9,7 @@ import pytest
 import alignjax as aj
 from alignjax import api
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import tokenizer
 from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.interop.open import open as open_

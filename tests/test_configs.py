@@ -9,7 +9,7 @@ from alignjax.cli import config as configs
 from alignjax.cli.console import VERBS
 from alignjax.cloud import jobs
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {'recipe': 'recipes', 'reward': 'rewards', 'optimizer': 'system'}

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.system import prefetch
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from alignjax import replay, train
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.recipes.jbond import jbond
 from alignjax.step import init_state
 from alignjax.system import metrics

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax import train
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models.recurrentgemma import recurrentgemma
 from alignjax.models.sharding import TABLE
 from alignjax.policies import lm

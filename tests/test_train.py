@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from alignjax import train
-from alignjax.core.types import Follow, Mean, Recipe, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Follow, Mean, Recipe
 from alignjax.data import pack, sources
 from alignjax.recipes.jbond import jbond
 from alignjax.recipes.sft import sft

@@ -17,7 +17,7 @@ def _usage() -> str:
 
 def _verb(verb: str, argv: list[str]) -> int:
   from alignjax.core import lookup
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   if verb not in console.VERBS:
     raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 from alignjax.cli import config as configs
 from alignjax.cli import console
 from alignjax.core import files
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 PARTIAL = 'rewards.partial.npy'
 

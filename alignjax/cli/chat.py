@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax.api import LoadedModel
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.format import chat_tokens
 from alignjax.data.tokenizer import streamed
 from alignjax.policies import lm

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _FLAG = '--config'
 

@@ -46,7 +46,7 @@ def call(
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return OK
   except Exception as error:
-    from alignjax.core.types import UserError
+    from alignjax.core.errors import UserError
 
     if not isinstance(error, UserError):
       raise

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
   parser = _parser()
   args = parser.parse_args(argv)
 
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
   from alignjax.interop import convert, open
   from alignjax.system import metrics
 

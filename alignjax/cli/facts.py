@@ -19,8 +19,8 @@ import numpy as np
 from etils import epath
 
 from alignjax.core import tree
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import nearest
-from alignjax.core.types import UserError
 from alignjax.interop import mixture, orbax
 from alignjax.interop.open import open as open_model
 from alignjax.merge.geometry import geometry

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
   from rich.console import Console
 
   from alignjax.cli import facts
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   if args.batch < 1 or min(args.length or [1]) < 1:
     raise UserError('--batch and --length must be at least 1')

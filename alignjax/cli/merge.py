@@ -181,7 +181,7 @@ def _settings(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
   """(all of _FIELDS, numbers): those of the config, then of the flags."""
   from alignjax.cli import config
   from alignjax.core import lookup
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   given: dict[str, Any] = {}
   rest = list(argv)
@@ -227,7 +227,7 @@ def _inside(
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   for field in ('method', 'models', 'out'):
     if not settings[field]:

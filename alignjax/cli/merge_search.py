@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 def _read(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
   """(arguments, the evaluation's config without its models)."""
   from alignjax.cli import config as configs
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   args, rest = _parser().parse_known_args(list(argv))
   if args.evaluation is None:
@@ -201,7 +201,7 @@ def _prepared(args, plain: dict[str, Any]) -> Search:
 def _fixed(args) -> dict[str, Any]:
   """Numbers that are given and not searched."""
   from alignjax.cli import merge
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   fixed = {}
   for name in {name for _, _, names in merge._methods() for name in names}:
@@ -255,7 +255,7 @@ def config_of(args, plain: Mapping[str, Any], entries: Sequence[Any]) -> Any:
 
 def _split(config, batches: list, share: float) -> tuple[list, list]:
   """(searched, held out) batches: the first and the last."""
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   if len(batches) < 2:
     raise UserError(
@@ -274,7 +274,7 @@ def _seen(searched: list, held_out: list) -> Any:
   """
   import numpy as np
 
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
 
   known = {row.tobytes() for batch in searched for row in batch['prompt']}
   rows = [row for batch in (*searched, *held_out) for row in batch['prompt']]

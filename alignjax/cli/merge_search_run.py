@@ -16,7 +16,7 @@ from alignjax.cli import config as configs
 from alignjax.cli import evaluate, merge_search_show, parts
 from alignjax.cli.merge_search import BEST, DEFAULT, Search, config_of, planned
 from alignjax.core import files, tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import driver, merge
 from alignjax.merge import search as searching
 from alignjax.models import decoder

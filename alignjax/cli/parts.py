@@ -16,7 +16,13 @@ from ml_collections import ConfigDict
 
 from alignjax import step
 from alignjax.core import lookup, tree
-from alignjax.core.types import Model, Params, Recipe, Reward, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import (
+  Model,
+  Params,
+  Recipe,
+  Reward,
+)
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 from alignjax.interop import open as files_of
 from alignjax.interop.opened import Opened

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
   if not args.workdir:
     parser.error('WORKDIR is needed')
 
-  from alignjax.core.types import UserError
+  from alignjax.core.errors import UserError
   from alignjax.report import front_png, report
   from alignjax.report.read import found
 

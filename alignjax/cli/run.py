@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from alignjax.cli import config, console
 from alignjax.cloud import jobs, local
 from alignjax.core import files, lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _MARKS = '.jobs'
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignjax.cli import console
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from typing import Any
 
 from alignjax.cli import config, console
 from alignjax.core import files
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _MODEL = 'tokenizer.model'
 _RECORD = 'tokenizer.json'

@@ -13,7 +13,7 @@ from typing import Any
 from alignjax.cli import config as configs
 from alignjax.cli import console
 from alignjax.core import files
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 
 def _parser() -> argparse.ArgumentParser:

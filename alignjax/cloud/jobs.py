@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _NAME = re.compile(r'[A-Za-z0-9_-]+')
 _OUTPUT = re.compile(r'(--[^=@]+=)?@([A-Za-z0-9_-]+)(/.*)?')

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _TASK = '.task'
 

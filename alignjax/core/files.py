@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 
 def write(path: str | os.PathLike, data: str | bytes) -> None:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.core import tree
-from alignjax.core.types import Follow, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Follow
 
 
 def ema(rate: float, leader: str = 'policy') -> Follow:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _PACKAGE = Path(__file__).parent.parent
 _KINDS = {

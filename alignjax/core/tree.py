@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 T = TypeVar('T')
 

@@ -289,7 +289,3 @@ class TrainState:
 
   def replace(self, **changes) -> 'TrainState':
     return dataclasses.replace(self, **changes)  # pyright: ignore
-
-
-class UserError(Exception):
-  """Bad input, told in one sentence. The CLI prints it and exits with 2."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.sources import Rows
 
 FORMAT = 1

@@ -16,7 +16,7 @@ the text of `chat`. Refuses images and tools.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _ROLES = {'user': 'user', 'model': 'model', 'assistant': 'model'}
 

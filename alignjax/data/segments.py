@@ -7,7 +7,7 @@ know what is done with them.
 
 import numpy as np
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import sources
 from alignjax.data import text as texts
 

@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import format as chats
 from alignjax.data import pack as packing
 from alignjax.data import text as texts

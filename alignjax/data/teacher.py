@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from alignjax.core import files, lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.sources import Rows
 from alignjax.data.tokenizer import fingerprint
 

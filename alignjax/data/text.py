@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 # Folders of the standard library without much to learn from: tests, other
 # people's packages, demos, and tables.

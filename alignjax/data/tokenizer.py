@@ -18,7 +18,7 @@ from typing import Any
 import sentencepiece
 from etils import epath
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 START_OF_TURN = '<start_of_turn>'
 END_OF_TURN = '<end_of_turn>'

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from alignjax.core.errors import UserError
 from alignjax.core.journal import Put
-from alignjax.core.types import UserError
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.interop import deepmind, hf
 from alignjax.interop.open import EXTRA

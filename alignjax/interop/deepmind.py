@@ -20,7 +20,7 @@ import tensorstore as ts
 from etils import epath
 
 from alignjax.core import directory
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import (
   deepmind_config,
   deepmind_names,

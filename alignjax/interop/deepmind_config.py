@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models import preset
 from alignjax.models.config import Config
 from alignjax.models.gemma import FAMILIES, gemma

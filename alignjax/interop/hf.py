@@ -20,8 +20,8 @@ import numpy as np
 from etils import epath
 
 from alignjax.core import directory, tree
+from alignjax.core.errors import UserError
 from alignjax.core.journal import Put
-from alignjax.core.types import UserError
 from alignjax.interop import (
   hf_config,
   hf_facts,

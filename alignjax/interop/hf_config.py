@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models.config import Config
 
 Facts = Mapping[str, Any]

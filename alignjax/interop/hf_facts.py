@@ -9,7 +9,7 @@ import copy
 import math
 from typing import Any
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop.hf_config import (
   EPSILON,
   TANH,

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import safetensors
 from alignjax.interop.safetensors import Tensor
 

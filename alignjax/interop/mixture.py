@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.system import model_dir
 from alignjax.system.model_dir import ModelDir
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import deepmind, hf, mixture, orbax
 from alignjax.interop.hf_files import PICKLES
 from alignjax.interop.opened import Opened

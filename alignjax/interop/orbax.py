@@ -17,7 +17,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _MARKS = ('manifest.ocdbt', '_METADATA', '_CHECKPOINT_METADATA')
 # Where training frameworks keep the item that holds the params.

@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 from alignjax.core import files, journal
+from alignjax.core.errors import UserError
 from alignjax.core.journal import Journal, Put
-from alignjax.core.types import UserError
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from alignjax.core import placement
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.kernels import attention_chunked as chunked
 from alignjax.kernels import attention_plain as plain
 from alignjax.kernels import attention_splash as splash

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from alignjax.core import placement
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.kernels import linear_recurrence_pallas as pallas
 
 IMPLEMENTATIONS = ('auto', 'associative', 'linear', 'pallas')

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 TRANSFORMS = ('identity', 'log', 'exp')
 

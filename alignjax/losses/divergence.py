@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 ABSENT = -1e9  # logit of an outcome without probability; finite, as 0 * inf
 NAMES = ('forward', 'reverse', 'jensen_shannon')

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from alignjax.core.types import Batch, Bundle, Policy, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Batch, Bundle, Policy
 from alignjax.losses.divergence import ABSENT, sparse
 from alignjax.losses.logprob import over_tokens, targets
 

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from alignjax.core.errors import UserError
 from alignjax.core.journal import Put
-from alignjax.core.types import UserError
 from alignjax.interop import convert
 from alignjax.interop.opened import Opened
 from alignjax.merge import arrays, blocks, inputs, method, rules

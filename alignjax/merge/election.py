@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 
 

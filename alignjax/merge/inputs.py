@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from alignjax.core import files
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import hf_names
 from alignjax.interop.open import absolute
 from alignjax.interop.open import open as open_model

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from alignjax.core import directory
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import hf_facts, hf_files, hf_names, safetensors
 from alignjax.interop.opened import Opened
 from alignjax.merge import arrays, inputs

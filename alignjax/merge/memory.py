@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax.core import tree
-from alignjax.core.types import Params, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Params
 from alignjax.merge import arrays, blocks, inputs, method, rules
 from alignjax.merge.method import Method
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 
 GROUPS = ('layer', 'tensor', 'all')

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import convert
 from alignjax.interop.open import absolute
 from alignjax.interop.opened import Opened

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax.core import files, lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import method
 from alignjax.merge.method import Method
 from alignjax.system import metrics

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 from alignjax.merge.method import Pass
 

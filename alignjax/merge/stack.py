@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop.opened import Opened
 
 _FORM = re.compile(r'(\d+):(\d+):(\d+)')

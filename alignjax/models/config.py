@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 KINDS = ('local', 'global', 'recurrent')
 # Field -> what it may hold.

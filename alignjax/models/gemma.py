@@ -4,7 +4,7 @@ A generation is a set of habits (pattern, caps, norms); its sizes are arguments
 here and presets in `models/preset.py`. RecurrentGemma has a file of its own.
 """
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models.config import Config
 
 # What the models of a generation share; sizes come on top. Gemma 1: arXiv

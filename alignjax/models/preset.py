@@ -13,8 +13,8 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import nearest
-from alignjax.core.types import UserError
 from alignjax.models.config import Config
 from alignjax.models.gemma import gemma
 from alignjax.models.recurrentgemma import recurrentgemma

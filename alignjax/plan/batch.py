@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.teacher import read_facts
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.plan.programs import Program, using
 
 # Before jax is imported: no look-out for a TPU of this machine, no noise.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.plan.shapes import Type, parse_type
 
 _COMMENT = re.compile(r'/\*.*?\*/')

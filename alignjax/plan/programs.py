@@ -18,12 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from alignjax import train
-from alignjax.core.types import (
-  Batch,
-  Recipe,
-  TrainState,
-  UserError,
-)
+from alignjax.core.errors import UserError
+from alignjax.core.types import Batch, Recipe, TrainState
 from alignjax.models import decoder
 from alignjax.models.config import Config
 from alignjax.step import init_state

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models.config import Config
 from alignjax.plan.facts import Record
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 _BITS = {'pred': 8, 'token': 0, 'opaque': 0, 'c64': 64, 'c128': 128}
 _NUMBER = re.compile(r'(?:bf|[suf])(\d+)')

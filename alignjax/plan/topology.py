@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import nearest
-from alignjax.core.types import UserError
 
 GIB = 2**30
 

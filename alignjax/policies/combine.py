@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.core.types import Batch, Model, Policy, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Batch, Model, Policy
 
 PROMPTS = ('prompt', 'uncond')
 ILLEGAL = -1e9  # finite: its exponential is 0 and its multiples are numbers

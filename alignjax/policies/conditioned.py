@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.core import tree
-from alignjax.core.types import Batch, Bundle, Params, Policy, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import (
+  Batch,
+  Bundle,
+  Params,
+  Policy,
+)
 
 # Words for leaves; anything else is a regex over canonical names. The last
 # layer is linear, so mixing it mixes the logits (before a soft cap).

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from alignjax.core import follow
+from alignjax.core.errors import UserError
 from alignjax.core.types import (
   Batch,
   Bundle,
@@ -42,7 +43,6 @@ from alignjax.core.types import (
   Model,
   Recipe,
   Reward,
-  UserError,
 )
 from alignjax.losses.calibration import quantile as quantile_of
 from alignjax.losses.calibration import quantile_nll

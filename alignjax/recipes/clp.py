@@ -35,6 +35,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from alignjax.core.errors import UserError
 from alignjax.core.types import (
   Mean,
   Mixed,
@@ -42,7 +43,6 @@ from alignjax.core.types import (
   Recipe,
   Reward,
   Stage,
-  UserError,
 )
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce

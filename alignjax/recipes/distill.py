@@ -19,7 +19,14 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Bundle, Mean, Model, Recipe, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import (
+  Batch,
+  Bundle,
+  Mean,
+  Model,
+  Recipe,
+)
 from alignjax.losses import divergence as divergences
 from alignjax.losses import teacher as teachers
 from alignjax.losses.logprob import gather_logp, over_tokens

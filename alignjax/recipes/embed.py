@@ -20,7 +20,8 @@ import math
 
 import jax
 
-from alignjax.core.types import Mean, Model, Recipe, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Mean, Model, Recipe
 from alignjax.losses.contrastive import semi_hard_triplets
 from alignjax.stages import arrange
 

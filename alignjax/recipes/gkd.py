@@ -16,7 +16,13 @@ temperature 1.
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import Mean, Model, Peak, Recipe, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import (
+  Mean,
+  Model,
+  Peak,
+  Recipe,
+)
 from alignjax.losses import divergence as divergences
 from alignjax.losses import teacher as teachers
 from alignjax.losses.logprob import entropy, gather_logp, over_tokens

@@ -20,7 +20,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import Mean, Model, Recipe, Reward, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import (
+  Mean,
+  Model,
+  Recipe,
+  Reward,
+)
 from alignjax.losses import calibration
 from alignjax.losses.logprob import token_scores
 from alignjax.losses.policy_gradient import reinforce

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 # Checkpoints and model directories hold thousands of files and no metrics.
 PRUNED = re.compile(r'\.|checkpoints$|params$|model(_|$)')

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.core import lookup
-from alignjax.core.types import Key, Params, Reward, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Key, Params, Reward
 
 Scores = Float[Array, 'B N K']
 Context = Mapping[str, Any]  # tokens, source, reward_model: what there is

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.core.types import Reward, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Reward
 
 # A sign after a digit or a bracket is a minus; a comma parts three digits.
 _NUMBER = re.compile(

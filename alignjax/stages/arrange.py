@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from alignjax.core.types import Batch, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Batch
 from alignjax.losses.policy_gradient import BASELINES, leave_one_out
 
 PER_RESPONSE = (

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.core import placement
-from alignjax.core.types import Batch, Stage, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Batch, Stage
 
 
 def write(draw: Callable[[Any], Any], groups: int) -> Stage:

@@ -12,7 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from alignjax.core.types import Batch, Stage, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Batch, Stage
 from alignjax.system import ledger
 
 

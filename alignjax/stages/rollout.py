@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.core.types import Policy, Stage, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Policy, Stage
 from alignjax.policies.sample import sample
 
 Draws = Sequence[tuple[Policy, int]]

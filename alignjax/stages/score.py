@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignjax.core.errors import UserError
 from alignjax.core.types import (
   Batch,
   Mean,
@@ -17,7 +18,6 @@ from alignjax.core.types import (
   Reward,
   Scalar,
   Stage,
-  UserError,
 )
 from alignjax.losses.logprob import token_logp
 from alignjax.system import rows

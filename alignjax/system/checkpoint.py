@@ -25,7 +25,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from alignjax.core import tree
-from alignjax.core.types import TrainState, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import TrainState
 from alignjax.system import fingerprint, hosts
 
 FORMAT = 2

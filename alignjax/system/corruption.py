@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax
 
 from alignjax.core import tree
-from alignjax.core.types import Batch, Recipe, TrainState, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Batch, Recipe, TrainState
 from alignjax.system import fingerprint
 
 Check = Callable[[TrainState, Batch], None]

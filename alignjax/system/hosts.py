@@ -23,7 +23,7 @@ from jax._src import distributed  # the coordination service has no other door
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 BAD_INPUT = 2
 LOST = 75  # as after SIGTERM: the same command continues

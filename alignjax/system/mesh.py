@@ -16,7 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.core import placement, tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor', 'seq', 'expert')
 Table = Sequence[tuple[str, placement.Spec]]

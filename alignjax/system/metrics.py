@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from alignjax.core import files
-from alignjax.core.types import Metrics, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Metrics
 from alignjax.system.ledger import Ledger
 
 

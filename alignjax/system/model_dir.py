@@ -21,8 +21,8 @@ import tensorstore as ts
 from etils import epath
 
 from alignjax.core import directory, tree
+from alignjax.core.errors import UserError
 from alignjax.core.journal import Journal, Put
-from alignjax.core.types import UserError
 from alignjax.system import leaf_files
 
 FORMAT = 1

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 SCHEDULES = ('constant', 'linear', 'cosine')
 ALGORITHMS = ('adam', 'sgd')

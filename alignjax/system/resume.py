@@ -11,7 +11,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from alignjax.core.types import Source, TrainState, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Source, TrainState
 from alignjax.system import checkpoint, hosts, ledger, metrics
 
 

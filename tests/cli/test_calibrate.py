@@ -10,8 +10,8 @@ from alignjax import evaluate
 from alignjax.cli import calibrate
 from alignjax.cli import config as configs
 from alignjax.core import lookup
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
-from alignjax.core.types import UserError
 from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.models.config import to_json
 from alignjax.system import model_dir

@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict, config_dict
 
 from alignjax.cli import config
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 PROGRAM = """
 from ml_collections import ConfigDict, config_dict

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from alignjax.cli import calibrate, evaluate
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 # Nothing here exists: what is told is told before anything is opened.
 SHARED = {

@@ -6,8 +6,8 @@ import pytest
 
 from alignjax.cli import config as configs
 from alignjax.cli import evaluate, train
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
-from alignjax.core.types import UserError
 from tests.cli.test_teach import model, rows_of, run, settings
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from alignjax.cli import facts, inspect
 from alignjax.core import tree
-from alignjax.core.types import TrainState, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import TrainState
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.preset import SHAPES

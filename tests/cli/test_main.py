@@ -5,7 +5,7 @@ import pytest
 
 from alignjax.cli import __main__ as dispatcher
 from alignjax.cli import console
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 
 def alignjax(*argv, python=()):

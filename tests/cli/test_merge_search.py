@@ -12,7 +12,7 @@ import pytest
 from alignjax import evaluate as measuring
 from alignjax.cli import merge, merge_search_show, report
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.system import model_dir

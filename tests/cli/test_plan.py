@@ -10,8 +10,8 @@ import pytest
 
 from alignjax.cli import config as configs
 from alignjax.cli import plan
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
-from alignjax.core.types import UserError
 from alignjax.plan import compile as compiling
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignjax.cli import run
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

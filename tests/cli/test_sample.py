@@ -16,7 +16,7 @@ from alignjax import api
 from alignjax.cli import chat
 from alignjax.cli import sample as cli
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.format import chat_tokens
 from alignjax.data.tokenizer import train
 from alignjax.models import decoder

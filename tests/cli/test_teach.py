@@ -15,8 +15,8 @@ import pytest
 
 from alignjax.cli import config as configs
 from alignjax.cli import console, parts, teach, train
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
-from alignjax.core.types import UserError
 from alignjax.data import tokenizer as tokenizers
 from alignjax.models import decoder
 from alignjax.models.config import to_json

@@ -17,7 +17,7 @@ import pytest
 from alignjax.cli import config as configs
 from alignjax.cli import console
 from alignjax.cli import train as verb
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ import pytest
 
 from alignjax.cloud import jobs
 from alignjax.cloud.jobs import Job
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 
 def job(name, *needs, **fields):

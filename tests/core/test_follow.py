@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import follow
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 OLD, NEW = {'w': jnp.zeros(2)}, {'w': jnp.full(2, 8.0)}
 

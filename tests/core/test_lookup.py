@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 PARTS = """
 from typing import Literal

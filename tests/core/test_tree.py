@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 
 
 @pytest.fixture

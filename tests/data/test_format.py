@@ -1,6 +1,6 @@
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.format import chat, chat_tokens
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, train
 from tests.data.test_tokenizer import lookalike

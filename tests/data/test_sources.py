@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import pack, sources
 from alignjax.data.tokenizer import ByteTokenizer
 

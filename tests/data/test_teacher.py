@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import sources
 from alignjax.data import teacher as records
 from alignjax.data.tokenizer import ByteTokenizer, fingerprint, train

@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import text
 from alignjax.data.text import Document, documents, split
 

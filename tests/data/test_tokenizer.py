@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
 from alignjax.cli import tokenizer as cli
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import tokenizer as tokenizers
 from alignjax.data.text import documents
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, streamed, train

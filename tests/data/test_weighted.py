@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax import train
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import weighted
 from alignjax.recipes.clp import told
 from alignjax.step import init_state, make_step

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import deepmind
 from alignjax.models import preset
 from alignjax.system import leaf_files, model_dir

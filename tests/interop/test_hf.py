@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import hf
 from tests.interop import hf_tiny
 from tests.interop.hf_tiny import VISION, D, F, H, K, N, V

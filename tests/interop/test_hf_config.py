@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import hf_config, hf_facts
 from alignjax.models.config import Config, from_json, to_json
 

@@ -8,7 +8,7 @@ from alignjax import api
 from alignjax.cli import facts
 from alignjax.cli import sample as cli
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop.open import open as open_model
 from alignjax.merge import planning
 from alignjax.models import decoder

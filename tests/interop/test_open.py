@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import hf
 from alignjax.interop.open import open as open_
 from alignjax.models.config import to_json

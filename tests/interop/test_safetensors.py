@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as peer
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import safetensors
 
 BF16 = ml_dtypes.bfloat16

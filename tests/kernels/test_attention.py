@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.kernels import attention_chunked as chunked
 from alignjax.kernels import attention_plain as plain
 from alignjax.kernels import attention_splash as splash

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.kernels import linear_recurrence as module
 from alignjax.kernels.linear_recurrence import (
   IMPLEMENTATIONS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.losses import divergence
 from alignjax.losses.divergence import jensen_shannon, kl, reverse, sparse
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data import tokenizer as tokenizers
 from alignjax.merge import driver, merge, planning
 from alignjax.models import decoder

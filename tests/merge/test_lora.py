@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
 from alignjax.merge import lora

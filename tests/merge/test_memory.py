@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import merge
 from alignjax.merge.gram import task_gram
 from alignjax.merge.methods.slerp import coefficients, slerp

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays, blocks, method
 from tests.merge import references
 from tests.merge.references import adding, compiled, electing, streamed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import driver, merge, method, planning, rules, search
 from alignjax.models import decoder
 from alignjax.models.config import to_json

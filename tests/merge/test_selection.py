@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays, blocks, select
 from alignjax.merge.method import Method, stream
 from alignjax.merge.methods import arcee_fusion

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import method
 from alignjax.merge.gram import angles, task_gram
 from alignjax.merge.methods.linear import linear

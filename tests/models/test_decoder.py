@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models import decoder
 from alignjax.models.config import Config, from_json, to_json
 from tests import tiny

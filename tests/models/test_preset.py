@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from alignjax.core import lookup, tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models import decoder, preset
 from alignjax.models.config import from_json, to_json
 from alignjax.models.sharding import TABLE

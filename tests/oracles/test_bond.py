@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import Mean, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Mean
 from alignjax.losses.calibration import best_of_n_kl, quantile
 from alignjax.models.tabular import tabular
 from alignjax.recipes import bond as module

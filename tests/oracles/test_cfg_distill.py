@@ -14,7 +14,8 @@ import pytest
 from scipy.special import lambertw, softmax
 
 from alignjax.core import tree
-from alignjax.core.types import Follow, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Follow
 from alignjax.losses.policy_gradient import leave_one_out
 from alignjax.models.tabular import tabular
 from alignjax.policies.combine import sampled

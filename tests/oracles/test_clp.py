@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from alignjax import train
-from alignjax.core.types import Model, Policy, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Model, Policy
 from alignjax.models.tabular import tabular
 from alignjax.policies import conditioned
 from alignjax.policies.combine import sampled

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.losses import teacher as teachers
 from alignjax.losses.divergence import kl
 from alignjax.models.tabular import tabular

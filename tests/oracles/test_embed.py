@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.segments import segments
 from alignjax.interop import open as files_of
 from alignjax.models import decoder

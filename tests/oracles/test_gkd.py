@@ -12,7 +12,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from alignjax import train
-from alignjax.core.types import Model, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Model
 from alignjax.losses.divergence import kl
 from alignjax.models.tabular import tabular
 from alignjax.policies.combine import under_guidance

@@ -14,7 +14,8 @@ import pytest
 from scipy import optimize
 
 from alignjax import train
-from alignjax.core.types import Mean, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Mean
 from alignjax.losses import policy_gradient
 from alignjax.recipes import grpo as module
 from alignjax.recipes.grpo import grpo

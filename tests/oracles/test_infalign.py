@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.losses import calibration
 from alignjax.recipes.infalign import infalign
 from alignjax.stages.rollout import enumerate_arms

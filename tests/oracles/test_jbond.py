@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.core.types import Mean, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Mean
 from alignjax.recipes import jbond as module
 from alignjax.recipes.jbond import jbond
 from alignjax.stages.rollout import enumerate_arms

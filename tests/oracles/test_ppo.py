@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax import train
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.losses import policy_gradient
 from alignjax.recipes import ppo as module
 from alignjax.recipes.ppo import ppo

@@ -6,7 +6,8 @@ import pytest
 
 from alignjax import train
 from alignjax.core import tree
-from alignjax.core.types import Follow, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Follow
 from alignjax.merge import merge
 from alignjax.recipes.warp import warp
 from alignjax.stages.rollout import enumerate_arms

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.plan import compile as compiling
 
 HBM = (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.plan import hlo, shapes
 
 FIXTURES = Path(__file__).parent / 'hlo'

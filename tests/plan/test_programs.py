@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from alignjax import train
 from alignjax.core import lookup
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.models import sharding
 from alignjax.plan import programs, stand_ins

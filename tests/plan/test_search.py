@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models.preset import SHAPES
 from alignjax.plan import facts, search
 from tests import tiny

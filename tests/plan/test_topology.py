@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.plan import topology
 
 

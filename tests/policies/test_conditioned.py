@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.losses.logprob import token_logp
 from alignjax.models import decoder
 from alignjax.policies import conditioned, lm

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.losses.logprob import token_logp
 from alignjax.models.recurrentgemma import recurrentgemma
 from alignjax.policies import lm

@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 from PIL import Image
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.report import front, ink
 from alignjax.report.diversity import FIELDS, diversity_html
 from alignjax.report.labels import overlap

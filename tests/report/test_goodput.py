@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.report import goodput, read
 from tests.report import synthetic
 

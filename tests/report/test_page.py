@@ -5,7 +5,7 @@ import pytest
 
 from alignjax.cli import console
 from alignjax.cli import report as verb
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.report import ink, report
 from tests.report import synthetic
 

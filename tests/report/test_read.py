@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.report import read
 from tests.report import synthetic
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.rewards import compose
 from alignjax.stages.overlap import overlap

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.rewards import text
 

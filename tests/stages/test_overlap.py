@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.models.tabular import tabular
 from alignjax.recipes.bond import bond
 from alignjax.recipes.jbond import jbond

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alignjax.core import tree
-from alignjax.core.types import TrainState, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import TrainState
 from alignjax.system import checkpoint
 from alignjax.system import mesh as meshes
 

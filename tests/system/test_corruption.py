@@ -4,7 +4,8 @@ import optax
 import pytest
 
 from alignjax import train
-from alignjax.core.types import Mean, Recipe, UserError
+from alignjax.core.errors import UserError
+from alignjax.core.types import Mean, Recipe
 from alignjax.step import init_state
 from alignjax.system import checkpoint, corruption
 from tests.test_train import steps_source

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from alignjax.cli import config as configs
+from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
-from alignjax.core.types import UserError
 from alignjax.system import hosts, model_dir
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 import tensorstore as ts
 
 from alignjax.core import tree
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.system import leaf_files, model_dir
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 from alignjax.merge.election import added, elected
 from alignjax.merge.method import COUNT, FACTOR, SHARE, merging

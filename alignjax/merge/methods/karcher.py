@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import full_gram

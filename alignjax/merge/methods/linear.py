@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.method import RATE, merging

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignjax.core.types import UserError
+from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import angles, arc, task_gram
