@@ -4,8 +4,8 @@ COMMAND: alignjax run --config=configs/quickstart.py --workdir=runs/quickstart
 
 Tokenizer -> pretraining of a small Gemma-2-shaped model -> two J-BOND runs
 that differ in their prompts' order -> angles and norms of their task vectors
--> SLERP of the two -> LITI back to the start -> evaluation of everything -> report.html. The reward is how
-far Python's own parser accepts the completion.
+-> SLERP of the two -> LITI back to the start -> evaluation of everything ->
+report.html. The reward is how far Python's own parser accepts the completion.
 
 Use other text with --config.source.path= (a directory, a text file or JSONL);
 the variant `:tiny` does the same path in about a minute.

@@ -7,8 +7,8 @@ Each round trains M runs from its init, with a fresh optimizer, an anchor that
 begins at the init, and prompts in another order; merges them by SLERP of their
 task vectors; and interpolates from its init towards the merge, which is the
 next round's init. Fronts walk from the first init, the SFT model, towards the
-merge of every round, and in round 1 towards the merges of 1, 2, ... M runs. Of round 1 the report also draws
-how the task vectors lie: their angles and norms, layer by layer.
+merge of every round, and in round 1 towards the merges of 1, 2, ... M runs. Of
+round 1 the report also draws the angles and norms of the task vectors.
 
 Expected: every front lies above the straight line between its ends; fronts
 rise from round to round, with diminishing returns, and with M. kl_coef,
