@@ -24,6 +24,7 @@ WIDTH, HEIGHT = 1000, 320
 MOST = 6  # lines of their own; of more, their range and median
 TICKS = 16  # numbers of layers along the axis
 DOTS = 48  # layers up to which each is a dot as well
+NEAR = 5  # degrees from 90 that are still called that
 
 
 class Line(NamedTuple):
@@ -111,11 +112,13 @@ def geometry_lines(geometry: dict[str, Any]) -> list[str]:
   """What can be read off, in sentences of measured numbers."""
   models, groups = geometry['models'], _parts(geometry)
   whole, base = geometry['groups']['all'], geometry['base']['name']
-  some = [m['name'] for m in models[:MOST]]
-  more = f' and {len(models) - MOST} more' if len(models) > MOST else ''
+  names = [m['name'] for m in models]
+  who = ' and '.join(names)
+  if len(names) > 2:
+    who = f'{len(names)} models'  # named in the legend and in the tables
   norm = _listed(whole['norms'], _size)
   lines = [
-    f'Task vectors of {", ".join(some)}{more}, from {base}: norm {norm}'
+    f'Task vectors of {who}, from {base}: norm {norm}'
     + (
       f', {_listed(whole["relative"], "{:.2%}".format)} of that of its weights.'
       if None not in whole['relative']
@@ -134,18 +137,15 @@ def geometry_lines(geometry: dict[str, Any]) -> list[str]:
 
 def _angles_said(groups: dict[str, dict[str, Any]]) -> str:
   layers = [x for name, of in groups.items() if _layer(name) for x in _told(of)]
-  others = {k: _told(of) for k, of in groups.items() if not _layer(k)}
-  parts = [f'{_range(layers)} in the layers'] if layers else []
-  parts += [
-    f'{_range(some)} in the {name.replace("_", " ")}'
-    for name, some in others.items()
-    if some
-  ]
-  if not parts:
-    return ''
-  near = layers and all(abs(x - 90) <= 5 for x in layers)
-  more = ': within 5 degrees of orthogonal in every layer' if near else ''
-  return f'Angles between task vectors are {", ".join(parts)}{more}.'
+  parts = []
+  if layers:
+    near = all(abs(x - 90) <= NEAR for x in layers)
+    more = f' (within {NEAR}° of orthogonal in each)' if near else ''
+    parts.append(f'{_range(layers)} in the layers{more}')
+  for name, of in groups.items():
+    if (some := _told(of)) and not _layer(name):
+      parts.append(f'{_range(some)} in the {name.replace("_", " ")}')
+  return f'Angles between task vectors are {", ".join(parts)}.' if parts else ''
 
 
 def _merges_said(whole: dict[str, Any], models: int) -> str:
@@ -169,8 +169,8 @@ def _merges_said(whole: dict[str, Any], models: int) -> str:
 
 
 def _listed(values: Sequence[float], shown: Any) -> str:
-  """A few numbers, or of many the lowest and the highest."""
-  if len(values) > MOST:
+  """Both of two; of more the lowest and the highest."""
+  if len(values) > 2:
     return _span(values, shown)
   return ' and '.join(map(shown, values))
 
