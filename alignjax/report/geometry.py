@@ -118,7 +118,7 @@ def geometry_lines(geometry: dict[str, Any]) -> list[str]:
     who = f'{len(names)} models'  # named in the legend and in the tables
   norm = _listed(whole['norms'], _size)
   lines = [
-    f'Task vectors of {who}, from {base}: norm {norm}'
+    f'Task vector{"s" * (len(names) > 1)} of {who}, from {base}: norm {norm}'
     + (
       f', {_listed(whole["relative"], "{:.2%}".format)} of that of its weights.'
       if None not in whole['relative']
