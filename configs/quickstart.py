@@ -3,9 +3,9 @@
 COMMAND: alignjax run --config=configs/quickstart.py --workdir=runs/quickstart
 
 Tokenizer -> pretraining of a small Gemma-2-shaped model -> two J-BOND runs
-that differ in their prompts' order -> SLERP of the two task vectors -> LITI
-back to the start -> evaluation of everything -> report.html. The reward is how
-far Python's own parser accepts the completion.
+that differ in their prompts' order -> angles and norms of their task vectors
+-> SLERP of the two -> LITI back to the start -> evaluation of everything ->
+report.html. The reward is how far Python's own parser accepts the completion.
 
 Use other text with --config.source.path= (a directory, a text file or JSONL);
 the variant `:tiny` does the same path in about a minute.
@@ -164,6 +164,12 @@ def jobs(c: ConfigDict):
   models = [f'@{name}/model' for name in runs]
   base = {'base': '@pretrain/model'}
   yield Job(
+    'geometry',
+    'inspect',
+    base | {'models': models},
+    needs=('pretrain', *runs),
+  )
+  yield Job(
     'slerp',
     'merge',
     base | {'method': 'slerp', 'models': models, 't': 0.5},
@@ -225,4 +231,9 @@ def jobs(c: ConfigDict):
     },
     needs=('tokenizer', 'pretrain', *runs, 'slerp', 'lerp', 'liti'),
   )
-  yield Job('report', 'report', {}, needs=('evaluate', 'pretrain', *runs))
+  yield Job(
+    'report',
+    'report',
+    {},
+    needs=('evaluate', 'geometry', 'pretrain', *runs),
+  )

@@ -62,7 +62,7 @@ def quickstart(tmp_path_factory):
   command = next(c for c in commands() if c.startswith('alignjax run'))
   done = shell(command, where)
   assert done.returncode == 0, done.stderr
-  assert '[1/9] tokenizer: done in' in done.stdout
+  assert '[1/10] tokenizer: done in' in done.stdout
   assert 'report.html' in done.stdout
   return where
 
@@ -113,7 +113,7 @@ def test_a_finished_graph_is_not_run_again(quickstart):
   begun = time.monotonic()
   again = shell(command, quickstart)
   assert again.returncode == 0
-  assert again.stdout.count('done before') == 9
+  assert again.stdout.count('done before') == 10
   assert time.monotonic() - begun < 20
   changed = shell(f'{command} --config.pretrain.optimizer.lr=0.5', quickstart)
   assert changed.returncode == 2

@@ -23,7 +23,7 @@ from alignjax.core.errors import UserError
 from alignjax.core.lookup import nearest
 from alignjax.interop import mixture, orbax
 from alignjax.interop.open import open as open_model
-from alignjax.merge.geometry import geometry
+from alignjax.merge.geometry import Geometry, geometry
 from alignjax.merge.inputs import check_same
 from alignjax.models import decoder
 from alignjax.models.config import Config, to_json
@@ -242,33 +242,81 @@ def _holds(leaves: Mapping[str, Facts]) -> Facts:
 
 
 def difference(base: str, models: Sequence[str], role: str) -> Facts:
-  """Where models lie about a base, a layer and all together.
+  """How task vectors model - base lie: the content of a geometry.json.
+
+  {"format": 1, "base": {"name", "path"}, "models": [{"name", "path"}, ...] (M),
+  "groups": {group: {...}}}. Groups go up the net (embedding, layers, what comes
+  after them); the last, `all`, is all of them together. Of each group:
+
+  - weights: norm of the base's weights;
+  - norms [M] of the task vectors; relative [M]: by `weights`, null where that
+    is 0 (a fresh norm scale);
+  - angles_deg: of the pairs 01, 02, 12, 03, ..., null where a norm is 0;
+  - sign_conflicts: share of the items moved by two or more models at which
+    their signs disagree, null where there are none;
+  - distances [M + 1, M + 1] between the weights of base and models;
+  - lerp, slerp: norm of the task vector of their merge in equal shares; SLERP
+    is by group, in `all` as well, and null where vectors are opposite.
 
   The models may be of different formats. Raises UserError if their leaves
-  differ in names or shapes.
+  differ in names or shapes, or are not finite.
   """
   first, *others = (_of_role(path, role) for path in (base, *models))
   check_same(
     str(first.path), first.leaves, {str(m.path): m.leaves for m in others}
   )
   found = geometry(first, others)
-  rows = {name: found[name] for name in sorted(found, key=natural)}
-  rows['all'] = rows.pop('all')
+  for name, of in found.items():
+    if not np.isfinite([of.weights, *of.norms]).all():
+      raise UserError(f'non-finite weights in the group {name!r}')
+  whole = found.pop('all')
+  groups = {name: _lies(found[name]) for name in sorted(found, key=_depth)}
+  groups['all'] = _lies(whole) | {'slerp': _together(groups)}
+  names = _names([str(model.path) for model in (first, *others)])
+  told = [
+    {'name': name, 'path': str(model.path)}
+    for name, model in zip(names, (first, *others))
+  ]
+  return {'format': 1, 'base': told[0], 'models': told[1:], 'groups': groups}
+
+
+def _lies(of: Geometry) -> Facts:
   return {
-    'base': str(first.path),
-    'models': [str(model.path) for model in others],
-    'norms': {
-      # A zero weight group (a fresh norm scale) has no relative norm.
-      name: [
-        [float(x), float(x) / of.weights if of.weights else None]
-        for x in of.norms
-      ]
-      for name, of in rows.items()
-    },
-    'angles_deg': {name: of.angles for name, of in rows.items()},
-    'sign_conflicts': {name: of.conflicts for name, of in rows.items()},
-    'distances': rows['all'].distances.tolist(),
+    'weights': of.weights,
+    'norms': of.norms.tolist(),
+    'relative': [x / of.weights if of.weights else None for x in of.norms],
+    'angles_deg': of.angles,
+    'sign_conflicts': of.conflicts,
+    'distances': of.distances.tolist(),
+    'lerp': of.lerp,
+    'slerp': of.slerp,
   }
+
+
+def _together(groups: Mapping[str, Facts]) -> float | None:
+  """Norm of the SLERP of all groups, each on its own arc."""
+  norms = [of['slerp'] for of in groups.values()]
+  return None if None in norms else math.hypot(*norms)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+  """What people call models: their folders; whole paths where two clash."""
+
+  def short(path: str) -> str:
+    *above, last = Path(path).parts
+    if not last.startswith('model') or not above:
+      return last
+    return above[-1] if last == 'model' else f'{above[-1]}/{last}'
+
+  names = [short(path) for path in paths]
+  clash = len({*names}) < len({*paths})
+  return list(paths) if clash else names
+
+
+def _depth(name: str) -> tuple[int, list[Any]]:
+  """A sorting key from the embedding up to what comes after the layers."""
+  place = 0 if name == 'embedding' else 1 if 'layer_' in name else 2
+  return place, natural(name)
 
 
 def _of_role(path: str, role: str):

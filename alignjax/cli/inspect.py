@@ -1,8 +1,9 @@
 """`alignjax inspect WHAT`: what a model holds and what it will need.
 
 WHAT is the name of a released model, a model directory of any format, or a
-training run. `cli/facts.py` gathers, this file prints: tables, or --json. Not a
-converter: it writes no files.
+training run. `cli/facts.py` gathers, this file prints: tables, or --json. With
+--diff, how other models lie about it, which --out keeps for the report. Not a
+converter: it writes no weights.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     'path',
     metavar='WHAT',
+    nargs='?',
     help='a released model (gemma3-27b), a model directory (ours, Hugging'
     " Face, DeepMind), a training run's workdir or one of its checkpoints",
   )
@@ -53,20 +55,78 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--role', metavar='R', default='policy', help='for --diff; policy'
   )
+  parser.add_argument(
+    '--out', metavar='F', help='for --diff: keep what it says as JSON in F'
+  )
+  parser.add_argument(
+    '--config',
+    metavar='F',
+    help='base, models and role, instead of WHAT, --diff and --role',
+  )
+  parser.add_argument(
+    '--workdir',
+    metavar='W',
+    help='--out is inside it, geometry.json if not said',
+  )
   return parser
+
+
+def _settings(argv: Sequence[str]) -> argparse.Namespace:
+  """The flags; a config stands for some of them. Raises UserError."""
+  words = [word.partition('=')[0] for word in argv]
+  if not any(w == '--config' or w.startswith('--config.') for w in words):
+    args = _parser().parse_args(argv)
+  else:
+    from alignjax.cli import config
+    from alignjax.core import lookup
+    from alignjax.core.errors import UserError
+
+    loaded, _, rest = config.load(argv)
+    args, given = _parser().parse_args(rest), config.plain(loaded)
+    fields = ('base', 'models', 'role')
+    for field in given:
+      if field not in fields:
+        raise UserError(
+          f'an inspect config has no field {field!r}'
+          f'{lookup.nearest(field, fields)} (fields: {", ".join(fields)})'
+        )
+    if args.path or args.diff:
+      raise UserError('WHAT and --diff are base and models of the config')
+    models = given.get('models')
+    if not isinstance(models, list) or not models:
+      raise UserError(f'models must be a list of paths, found {models!r}')
+    role = given.get('role', args.role)
+    for value in (given.get('base'), role, *models):
+      if not isinstance(value, str) or not value:
+        raise UserError(
+          f'base, models and role must be strings, found {value!r}'
+        )
+    args.path, args.diff, args.role = given['base'], models, role
+  return _checked(args)
+
+
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
+  from alignjax.core.errors import UserError
+
+  if not args.path:
+    raise UserError('WHAT is missing; `alignjax inspect --help` says more')
+  if args.batch < 1 or min(args.length or [1]) < 1:
+    raise UserError('--batch and --length must be at least 1')
+  if args.workdir:
+    args.out = str(Path(args.workdir) / (args.out or 'geometry.json'))
+  if args.out and args.diff is None:
+    raise UserError('--out and --workdir keep what --diff says; it is missing')
+  return args
 
 
 def main(argv: Sequence[str]) -> int:
   """Prints tables. Raises UserError if what is named is not sound."""
-  args = _parser().parse_args(argv)
+  args = _settings(argv)
 
   from rich.console import Console
 
   from alignjax.cli import facts
-  from alignjax.core.errors import UserError
-
-  if args.batch < 1 or min(args.length or [1]) < 1:
-    raise UserError('--batch and --length must be at least 1')
+  from alignjax.core import files
 
   show: Callable[[Any, dict[str, Any]], None]
   path = Path(args.path)
@@ -81,11 +141,16 @@ def main(argv: Sequence[str]) -> int:
       args.path, lengths=lengths, batch=args.batch, dtype=args.dtype
     )
     show = _show_model
+  text = json.dumps(found, indent=2)
+  if args.out:
+    files.write(args.out, text + '\n')
   if args.json:
-    print(json.dumps(found, indent=2))
+    print(text)
   else:
     # Results go to stdout whole: a pipe has no width to cut at.
     show(Console(highlight=False, soft_wrap=True), found)
+    if args.out:
+      print(f'wrote {args.out}')
   return console.OK
 
 
@@ -185,16 +250,24 @@ def _show_run(out: Any, found: dict[str, Any]) -> None:
 
 
 def _show_difference(out: Any, found: dict[str, Any]) -> None:
-  models = found['models']
-  letters = _LETTERS[: len(models)]
+  models, groups = found['models'], found['groups']
+  letters = [_letter(i) for i in range(len(models))]
   for letter, model in zip(letters, models):
-    out.print(f'{letter}: {model} - {found["base"]}', markup=False)
+    said = f'{letter}: {model["path"]} - {found["base"]["path"]}'
+    out.print(said, markup=False)
   columns = ['layer']
   for letter in letters:
     columns += [f'norm {letter}', 'relative']
   rows = [
-    [name, *(text for pair in norms for text in _norm(*pair))]
-    for name, norms in found['norms'].items()
+    [
+      name,
+      *(
+        text
+        for pair in zip(of['norms'], of['relative'])
+        for text in _norm(*pair)
+      ),
+    ]
+    for name, of in groups.items()
   ]
   out.print(_table('task vectors; relative to the weights', columns, rows))
   if len(models) == 1:
@@ -205,19 +278,17 @@ def _show_difference(out: Any, found: dict[str, Any]) -> None:
   rows = [
     [
       name,
-      *(f'{angle:.2f}' for angle in angles),
-      '-'
-      if (share := found['sign_conflicts'][name]) is None
-      else f'{share:.1%}',
+      *('-' if x is None else f'{x:.2f}' for x in of['angles_deg']),
+      '-' if (x := of['sign_conflicts']) is None else f'{x:.1%}',
     ]
-    for name, angles in found['angles_deg'].items()
+    for name, of in groups.items()
   ]
   title = 'degrees between task vectors; items whose signs disagree'
   out.print(_table(title, ['layer', *pairs, 'signs'], rows))
   names = ['base', *letters]
   rows = [
     [name, *(f'{x:.4g}' for x in row)]
-    for name, row in zip(names, found['distances'])
+    for name, row in zip(names, groups['all']['distances'])
   ]
   out.print(_table('distances between the weights', ['', *names], rows))
 
@@ -226,7 +297,12 @@ def _norm(norm: float, relative: float | None) -> tuple[str, str]:
   return f'{norm:.4g}', '-' if relative is None else f'{relative:.2e}'
 
 
-_LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+def _letter(number: int) -> str:
+  """A, B, ... Z, A1, B1, ..."""
+  turn, place = divmod(number, 26)
+  return f'{chr(ord("A") + place)}{turn or ""}'
+
+
 _WORDS = ('leaf', 'shape', 'dtype', 'from', 'step', 'holds', 'layer')
 
 

@@ -234,9 +234,9 @@ def _provenance(
     'models': [source(model) for model in what.models],
   }
   if what.method.report is not None:
-    merged['angles_deg'] = {
-      key: what.method.report(total) for key, total in totals.items()
-    }
+    for key, total in totals.items():
+      for name, value in what.method.report(total).items():
+        merged.setdefault(name, {})[key] = value
   return {'merge': merged, 'alignjax': _version()}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from alignjax.interop.opened import Opened
 from alignjax.merge import arrays, blocks, gram, inputs, method
 from alignjax.merge.method import Method, Pass
+from alignjax.merge.methods import slerp
 
 
 class Geometry(NamedTuple):
@@ -39,9 +40,28 @@ class Geometry(NamedTuple):
     return np.sqrt(np.diagonal(self.gram))
 
   @property
-  def angles(self) -> list[float]:
-    """Degrees between models 0 and 1, 0 and 2, 1 and 2, ..."""
+  def angles(self) -> list[float | None]:
+    """Degrees between models 0 and 1, 0 and 2, 1 and 2, ...
+
+    A model that has not moved has no angle: None.
+    """
     return gram.angles(self.gram)
+
+  @property
+  def lerp(self) -> float:
+    """Norm of the mean of the task vectors."""
+    return float(max(self.gram.mean(), 0)) ** 0.5
+
+  @property
+  def slerp(self) -> float | None:
+    """Norm of the task vector that SLERP makes of them, in equal shares.
+
+    Of this group as one angle. None for opposite vectors, which have no arc.
+    """
+    products: Any = self.gram
+    weights = slerp.coefficients(products)
+    square = float(weights @ products @ weights)
+    return max(square, 0) ** 0.5 if np.isfinite(square) else None
 
   @property
   def distances(self) -> np.ndarray:

@@ -61,11 +61,22 @@ def arc(aa: Any, bb: Any, ab: Any, share: Any) -> tuple[Any, Any]:
   return xp.where(bad, xp.nan, first), xp.where(bad, xp.nan, second)
 
 
-def angles(gram: Any) -> list[float]:
-  """Degrees between models 0 and 1, 0 and 2, 1 and 2, ..."""
+def angles(gram: Any) -> list[float | None]:
+  """Degrees between models 0 and 1, 0 and 2, 1 and 2, ...
+
+  A vector of 0 has no angle: None.
+  """
   xp = arrays.namespace(gram)
   return [
     round(float(xp.degrees(angle(gram[i, i], gram[j, j], gram[i, j]))), 4)
+    if gram[i, i] > 0 and gram[j, j] > 0
+    else None
     for j in range(len(gram))
     for i in range(j)
   ]
+
+
+def recorded(gram: Any) -> dict[str, list[Any]]:
+  """What a merge that is a function of these products says of its inputs."""
+  norms = [float(gram[i, i]) ** 0.5 for i in range(len(gram))]
+  return {'angles_deg': angles(gram), 'norms': norms}

@@ -67,7 +67,7 @@ class Method(NamedTuple):
     random: `fn` gets `uniform(m)`, in [0, 1) for every item of model m.
     counted: numbers that `prepare` makes of a leaf's size, host side.
     problem: why the total of a group cannot be used, or None.
-    report: what of it is worth recording, as JSON.
+    report: what of it is worth recording: JSON by name.
   """
 
   name: str
@@ -83,7 +83,7 @@ class Method(NamedTuple):
   random: bool = False
   prepare: Callable[..., dict[str, Any]] | None = None
   problem: Callable[[Any], str | None] | None = None
-  report: Callable[[Any], Any] | None = None
+  report: Callable[[Any], dict[str, Any]] | None = None
 
 
 def merging(about: str, **facts: Any) -> Callable[[Any], Any]:

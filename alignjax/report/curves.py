@@ -101,7 +101,7 @@ def _group(name: str, runs: Sequence[Run]) -> str:
   if rest:
     count = f'{len(rest)} more curves' if len(rest) > 1 else 'One more curve'
     out += f'<details><summary>{count}</summary>{grid(rest)}</details>'
-  still = [f'{k} = {_number(v)}' for k, v in flat.items() if v is not None]
+  still = [f'{k} = {number(v)}' for k, v in flat.items() if v is not None]
   if still:
     out += f'<p class="note">Constant: {escape(", ".join(still))}.</p>'
   return f'<section class="job">{out}</section>'
@@ -118,7 +118,7 @@ def _facts(runs: Sequence[Run]) -> str:
     and np.isfinite(r.timing['tokens_per_s'].values).any()
   ]
   if speeds:
-    out.append(f'median {_number(float(np.median(speeds)))} tokens/s')
+    out.append(f'median {number(float(np.median(speeds)))} tokens/s')
   spent = [
     sum(r.timing['seconds'].values) for r in runs if 'seconds' in r.timing
   ]
@@ -164,14 +164,14 @@ def _panel(
       )
       last = mean[np.isfinite(mean)]
       if len(last):
-        ends.append(f'<b style="--ink:{colour}">{_number(float(last[-1]))}</b>')
+        ends.append(f'<b style="--ink:{colour}">{number(float(last[-1]))}</b>')
     if _wide([s[key] for s in series if key in s]):
       axes.set_yscale('log')
     axes.margins(x=0.015, y=0.08)
     axes.tick_params(labelsize=9.5, length=0, pad=4)
     axes.locator_params(axis='x', nbins=5)
     for axis in (axes.xaxis, axes.yaxis):
-      axis.set_major_formatter(lambda value, _: _tick(value))
+      axis.set_major_formatter(lambda value, _: tick(value))
     if axes.get_yscale() == 'linear':
       axes.locator_params(axis='y', nbins=5)
     chart = ink.svg(figure, escape(f'{key} by step, {group}', quote=True))
@@ -210,7 +210,7 @@ def _wide(some: Sequence[Series]) -> bool:
   return bool(values) and min(values) > 0 and max(values) > 1e3 * min(values)
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
   """A short tick label: 0.25, 20k, 4e-6; never an offset beside the axis."""
   if value == 0 or 1e-3 <= abs(value) < 1e4:
     text = f'{value:.6g}'
@@ -221,7 +221,7 @@ def _tick(value: float) -> str:
   return text.replace('-', '−', 1) if value < 0 else text
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
   if value == 0 or 1e-3 <= abs(value) < 1e5:
     return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'
   return f'{value:.1e}'

@@ -1,13 +1,13 @@
 """The page: one offline HTML file from work directories.
 
-Puts findings, front, table, curves, time, samples and configs in order and
-writes them at once. It needs no network and no script: a content security
-policy in the file itself forbids both, and the bytes depend on the inputs
-alone.
+Puts findings, front, table, geometry, curves, time, samples and configs in
+order and writes them at once. It needs no network and no script: a content
+security policy in the file itself forbids both, and the bytes depend on the
+inputs alone.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from alignjax.report import findings, ink
 from alignjax.report.curves import curves_html
 from alignjax.report.diversity import diversity_html
 from alignjax.report.front import front_svg, sweeps
+from alignjax.report.geometry import geometry_html, geometry_lines
 from alignjax.report.goodput import goodput_html
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
@@ -35,19 +36,22 @@ def report(
 
   Args:
     workdirs: directories with `metrics.jsonl` (and `timing.jsonl`,
-      `config.json`) or `evaluation.json` in them or below them.
+      `config.json`), `evaluation.json` or `geometry.json` in them or below
+      them.
     out: the file to write; an existing one is replaced in one step.
 
   Returns:
-    Three lines of findings: those of the first evaluation, or else what the
-    training curves show.
+    Lines of findings: those of the first evaluation, or else what the training
+    curves show, or else what the first geometry does.
 
   Raises:
     UserError: nothing to report, malformed input, or `out` cannot be written.
   """
   what = found(workdirs)
   lines = [findings.evaluated(e) for e in what.evaluations.values()]
-  lines = lines or [findings.trained(what)]
+  if not lines and what.runs:
+    lines = [findings.trained(what)]
+  lines = lines or [geometry_lines(g) for g in what.geometries.values()]
   title = ' · '.join(Path(w).resolve().name or 'report' for w in workdirs)
   files.write(out, html(title, what, lines).encode())
   return lines[0]
@@ -57,9 +61,8 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
   """The whole page as text."""
   sheet = resources.files('alignjax.report') / 'page.css'
   sections = [_head(title, what, lines[0])]
-  several = len(what.evaluations) > 1
   for number, (name, evaluation) in enumerate(what.evaluations.items()):
-    heading = f' <small>{visible(name)}</small>' if several else ''
+    heading = _whose(name, what.evaluations)
     mine = _findings(lines[number]) if number else ''
     sections.append(_front(heading, mine, evaluation, f'front {number}'))
     sections.append(_models(heading, evaluation))
@@ -70,6 +73,10 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
       sections.append(_section(said, chart))
     if chart := searched_html(evaluation, f'search {number}'):
       sections.append(_section(f'The search for the numbers{heading}', chart))
+  for number, (name, geometry) in enumerate(what.geometries.items()):
+    heading = f'How the task vectors lie{_whose(name, what.geometries)}'
+    charts = geometry_html(geometry, f'geometry {number}')
+    sections.append(_section(heading, charts))
   if curves := curves_html(what.runs):
     note = (
       'The strong line is a running mean over a tenth of the steps, the '
@@ -80,7 +87,7 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     sections.append(_section('Where the time went', goodput))
   for name, evaluation in what.evaluations.items():
     if samples := samples_html(evaluation):
-      heading = f' <small>{visible(name)}</small>' if several else ''
+      heading = _whose(name, what.evaluations)
       sections.append(_section(f'Completions side by side{heading}', samples))
   if configs := _configs(what):
     sections.append(_section('Configs', configs))
@@ -95,6 +102,11 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     + '\n'.join(sections)
     + '\n</main></body></html>\n'
   )
+
+
+def _whose(name: str, some: Mapping[str, Any]) -> str:
+  """Which of several, after a heading."""
+  return f' <small>{visible(name)}</small>' if len(some) > 1 else ''
 
 
 def _section(heading: str, body: str) -> str:
@@ -228,6 +240,12 @@ def _notes(what: Found) -> str:
       'are of training prompts, while the policy explores. A value that is not '
       'finite leaves a gap. Scales are logarithmic where a positive number '
       'spans more than three orders of magnitude.'
+    )
+  if what.geometries:
+    notes.append(
+      'Task vectors: what training added to the weights of the base. Angles '
+      'and norms are those of all weights of a layer taken as one vector; '
+      'embedding and final norm are on their own, as in SLERP.'
     )
   if any('seconds' in r.timing for r in what.runs):
     notes.append(

@@ -1,16 +1,17 @@
 """What a report is made of, read from work directories and checked.
 
-Finds training runs (`metrics.jsonl` with its neighbours) and evaluations
-(`evaluation.json`) and turns each into a plain record. It computes nothing and
-knows nothing of HTML. A line that is still being written is ignored; any other
-malformed input is a UserError that names the file and the line.
+Finds training runs (`metrics.jsonl` with its neighbours), evaluations
+(`evaluation.json`) and differences of models (`geometry.json`) and turns each
+into a plain record. It computes nothing and knows nothing of HTML. A line that
+is still being written is ignored; any other malformed input is a UserError that
+names the file and the line.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,12 +60,14 @@ class Found(NamedTuple):
   Attributes:
     runs: those without rewards (pretraining) before those with.
     evaluations: by folder.
+    geometries: by folder; how task vectors lie.
     documents: 'folder · file' -> JSON text of config.json, environment.json;
       an environment that an earlier folder has too is left out.
   """
 
   runs: list[Run]
   evaluations: dict[str, dict[str, Any]]
+  geometries: dict[str, dict[str, Any]]
   documents: dict[str, str]
 
 
@@ -72,19 +75,20 @@ def found(workdirs: Sequence[str | os.PathLike]) -> Found:
   """Read every run and evaluation below `workdirs`, in a stable order.
 
   Raises:
-    UserError: a directory is missing or holds neither metrics.jsonl nor
-      evaluation.json, or a file is malformed.
+    UserError: a directory is missing or holds no metrics.jsonl, evaluation.json
+      or geometry.json, or a file is malformed.
   """
   if not workdirs:
     raise UserError('A report needs at least one work directory; none given.')
   runs: list[Run] = []
   evaluations: dict[str, dict[str, Any]] = {}
+  geometries: dict[str, dict[str, Any]] = {}
   documents: dict[str, str] = {}
   for workdir in map(Path, workdirs):
     if not workdir.is_dir():
       raise UserError(f'The work directory {workdir} does not exist.')
     prefix = workdir.resolve().name if len(workdirs) > 1 else ''
-    before = len(runs), len(evaluations)
+    before = len(runs), len(evaluations), len(geometries)
     for folder, files in _folders(workdir):
       name = folder.relative_to(workdir).as_posix()
       full = f'{prefix}/{name}' if prefix else name
@@ -94,14 +98,17 @@ def found(workdirs: Sequence[str | os.PathLike]) -> Found:
         runs.append(run)
       if 'evaluation.json' in files:
         evaluations[full] = evaluation(folder / 'evaluation.json')
+      if 'geometry.json' in files:
+        geometries[full] = geometry(folder / 'geometry.json')
       _documents(folder, files, full, documents)
-    if before == (len(runs), len(evaluations)):
+    if before == (len(runs), len(evaluations), len(geometries)):
       raise UserError(
         f'{workdir} has nothing to report: expected a metrics.jsonl with at '
-        'least one row or an evaluation.json in it or below it, found neither.'
+        'least one row, an evaluation.json or a geometry.json in it or below '
+        'it, found none of them.'
       )
   runs.sort(key=lambda r: 'reward' in r.metrics)
-  return Found(runs, evaluations, documents)
+  return Found(runs, evaluations, geometries, documents)
 
 
 def evaluation(path: str | os.PathLike) -> dict[str, Any]:
@@ -112,10 +119,7 @@ def evaluation(path: str | os.PathLike) -> dict[str, Any]:
       KL is not an interval of finite numbers.
   """
   path = Path(path)
-  data = _parse(path, _text(path))
-  if not isinstance(data, dict) or data.get('format') != 1:
-    shown = data.get('format') if isinstance(data, dict) else type(data)
-    raise UserError(f'{path}: found format {shown!r}, expected "format": 1.')
+  data = _of_format_1(path)
   models = data.get('models')
   if not isinstance(models, list) or not models:
     raise UserError(f'{path}: "models" must be a list with at least one model.')
@@ -138,6 +142,75 @@ def evaluation(path: str | os.PathLike) -> dict[str, Any]:
         f'{path}: best_of_n[{row}] must have n, kl and a reward with mean, '
         f'low and high; found {point!r}.'
       )
+  return data
+
+
+def geometry(path: str | os.PathLike) -> dict[str, Any]:
+  """Read one geometry.json, the facts of `inspect --diff`, and check it.
+
+  Raises:
+    UserError: not JSON, another format, a model without a name, no group `all`,
+      or a field of a group that is missing or not what it must be.
+  """
+  path = Path(path)
+  data = _of_format_1(path)
+  models = data.get('models')
+  if not isinstance(models, list) or not models:
+    raise UserError(f'{path}: "models" must be a list with at least one model.')
+  for one in (data.get('base'), *models):
+    if not isinstance(one, dict) or not isinstance(one.get('name'), str):
+      raise UserError(
+        f'{path}: base and models must have a "name"; found {one!r}.'
+      )
+  groups = data.get('groups')
+  if not isinstance(groups, dict) or 'all' not in groups:
+    raise UserError(f'{path}: "groups" must be an object with the group "all".')
+  for name, group in groups.items():
+    for field, (check, wanted) in _of_group(len(models)).items():
+      value = group.get(field) if isinstance(group, dict) else None
+      if not check(value):
+        raise UserError(
+          f'{path}: "{field}" of group {name!r} must be {wanted}; found '
+          f'{repr(value)[:80]}.'
+        )
+  return data
+
+
+def _of_group(models: int) -> dict[str, tuple[Callable[[Any], bool], str]]:
+  """Field of a group -> what it must be, as a check and in words."""
+
+  def number(most: float, none: bool = False) -> Callable[[Any], bool]:
+    return lambda x: (none and x is None) or (_finite(x) and 0 <= x <= most)
+
+  def several(count: int, check: Callable) -> Callable[[Any], bool]:
+    return lambda x: (
+      isinstance(x, list) and len(x) == count and all(map(check, x))
+    )
+
+  pairs, sides = models * (models - 1) // 2, models + 1
+  length, rare = number(math.inf), number(math.inf, none=True)
+  return {
+    'norms': (several(models, length), f'{models} numbers from 0'),
+    'relative': (several(models, rare), f'{models} numbers from 0 or null'),
+    'angles_deg': (
+      several(pairs, number(180, none=True)),
+      f'{pairs} numbers from 0 to 180 or null',
+    ),
+    'sign_conflicts': (number(1, none=True), 'a number from 0 to 1 or null'),
+    'distances': (
+      several(sides, several(sides, length)),
+      f'{sides} x {sides} numbers from 0',
+    ),
+    'lerp': (length, 'a number from 0'),
+    'slerp': (rare, 'a number from 0 or null'),
+  }
+
+
+def _of_format_1(path: Path) -> dict[str, Any]:
+  data = _parse(path, _text(path))
+  if not isinstance(data, dict) or data.get('format') != 1:
+    shown = data.get('format') if isinstance(data, dict) else type(data)
+    raise UserError(f'{path}: found format {shown!r}, expected "format": 1.')
   return data
 
 

@@ -7,7 +7,8 @@ Each round trains M runs from its init, with a fresh optimizer, an anchor that
 begins at the init, and prompts in another order; merges them by SLERP of their
 task vectors; and interpolates from its init towards the merge, which is the
 next round's init. Fronts walk from the first init, the SFT model, towards the
-merge of every round, and in round 1 towards the merges of 1, 2, ... M runs.
+merge of every round, and in round 1 towards the merges of 1, 2, ... M runs. Of
+round 1 the report also draws the angles and norms of the task vectors.
 
 Expected: every front lies above the straight line between its ends; fronts
 rise from round to round, with diminishing returns, and with M. kl_coef,
@@ -66,6 +67,7 @@ def jobs(c: ConfigDict):
     fronts += path(c, slerp, f'front_{i}', f'round {i}')
     front_jobs += [slerp, f'front_{i}']
     if i == 1:
+      yield geometry(init, runs)
       yield from subsets(c, runs)
     if i < len(c.graph.steps):
       following = f'round_{i + 1}_init'
@@ -76,7 +78,7 @@ def jobs(c: ConfigDict):
       )
       init, above = f'@{following}/model', (following,)
   yield base.evaluate(c, fronts, name='evaluate_rounds', needs=front_jobs)
-  yield base.report('evaluate_rounds', 'evaluate_runs')
+  yield base.report('evaluate_rounds', 'evaluate_runs', 'geometry')
 
 
 def subsets(c: ConfigDict, runs: list[str]):
@@ -102,6 +104,13 @@ def subsets(c: ConfigDict, runs: list[str]):
   models += path(c, last, 'front_1', f'M = {len(runs)}')
   needs += [last, 'front_1']
   yield base.evaluate(c, models, name='evaluate_runs', needs=needs)
+
+
+def geometry(init, models) -> Job:
+  """How the task vectors from `init` lie (the paper's figures 3 and 15)."""
+  merged = [f'@{model}/model' for model in models]
+  fields = {'base': init, 'models': merged}
+  return Job('geometry', 'inspect', fields, tuple(models))
 
 
 def merge(method, name, init, models, *, needs, **numbers) -> Job:

@@ -178,37 +178,162 @@ def test_a_training_run(tmp_path, capsys):
     inspect.main(['run'])
 
 
-def test_inspect_diff_measures_the_task_vector(models, monkeypatch, capsys):
+@pytest.fixture
+def read(models, monkeypatch):
   monkeypatch.setattr(model_dir, 'load_leaf', LOAD_LEAF)
-  rows = found(capsys, 'base', '--diff', 'a')['norms']
-  assert [*rows][-1] == 'all'
+
+
+def write(name, leaves):
+  """A model that is not a draw of `params`."""
+  model_dir.write(
+    name,
+    config=to_json(CONFIG),
+    params={'policy': leaves.items()},
+    provenance={},
+  )
+
+
+def test_inspect_diff_measures_the_task_vector(read, capsys):
+  groups = found(capsys, 'base', '--diff', 'a')['groups']
+  layers = [f'layer_{i}' for i in range(CONFIG.layers)]
+  assert [*groups] == ['embedding', *layers, 'final_norm', 'all']
   x, y = params(0), params(1)
   for row in ('layer_10', 'embedding', 'all'):
     names = [n for n in x if row == 'all' or n.split('/')[0] == row]
     moved = np.sqrt(sum(np.sum((y[n] - x[n]) ** 2.0) for n in names))
     of = np.sqrt(sum(np.sum(x[n] ** 2.0) for n in names))
-    np.testing.assert_allclose(rows[row], [[moved, moved / of]], rtol=1e-5)
+    np.testing.assert_allclose(groups[row]['norms'], [moved], rtol=1e-5)
+    np.testing.assert_allclose(groups[row]['relative'], [moved / of], 1e-5)
+    assert groups[row]['angles_deg'] == []
   out = said(capsys, 'base', '--diff', 'a')
-  assert 'layer_10' in out and f'{rows["all"][0][0]:.4g}' in out
+  assert 'layer_10' in out and f'{groups["all"]["norms"][0]:.4g}' in out
 
 
-def test_inspect_diff_of_several_models(models, monkeypatch, capsys):
-  monkeypatch.setattr(model_dir, 'load_leaf', LOAD_LEAF)
+def test_inspect_diff_of_several_models(read, capsys):
   facts = found(capsys, 'base', '--diff', 'a', 'base', 'a')
+  whole = facts['groups']['all']
   x, y = (
     np.concatenate([np.ravel(v) for v in params(i).values()]) for i in (0, 1)
   )
   far = np.linalg.norm(y - x)
-  assert facts['angles_deg']['all'] == [0, 0, 0]  # of zero: none
+  # The base has not moved: no angle, neither 0 nor NaN.
+  assert whole['angles_deg'] == [None, 0, None]
+  assert whole['norms'][1] == 0
   np.testing.assert_allclose(
-    facts['distances'],
+    whole['distances'],
     far * np.abs(np.subtract.outer([0, 1, 0, 1], [0, 1, 0, 1])),
     rtol=1e-5,
     atol=1e-5 * far,
   )
-  assert facts['sign_conflicts']['all'] == 0
+  assert whole['sign_conflicts'] == 0
   out = said(capsys, 'base', '--diff', 'a', 'base', 'a')
   assert 'BC' in out and 'distances between' in out
+  assert '-' in out and 'nan' not in out.lower()
+
+
+def test_closed_forms_of_angles(read, capsys):
+  x = params(0)
+  odd = {n: np.arange(v.size).reshape(v.shape) % 2 for n, v in x.items()}
+  moved = {n: np.float32(2**-6) * np.ones_like(v) for n, v in x.items()}
+  write('zero', {n: np.zeros_like(v) for n, v in x.items()})
+  write('one', {n: moved[n] * odd[n] for n in x})
+  write('rest', {n: moved[n] * (1 - odd[n]) for n in x})
+  write('minus', {n: -moved[n] * odd[n] for n in x})
+  argv = ['zero', '--diff', 'one', 'one', 'rest', 'minus']
+  for name, of in found(capsys, *argv)['groups'].items():
+    # Pairs 01, 02, 12, 03, 13, 23.
+    assert of['angles_deg'] == [0, 90, 90, 180, 180, 90], name
+    assert of['relative'] == [None] * 4  # a base of zeros
+    assert of['sign_conflicts'] == 1  # of what two or more have moved
+    assert of['slerp'] is None or np.isfinite(of['slerp'])
+  groups = found(capsys, 'zero', '--diff', 'one', 'rest')['groups']
+  for of in groups.values():
+    # Orthogonal: LERP has the length of half the sum; SLERP keeps theirs.
+    a, b = of['norms']
+    np.testing.assert_allclose(of['lerp'], np.hypot(a, b) / 2)
+    np.testing.assert_allclose(of['slerp'], np.hypot(a, b) / 2**0.5)
+    assert of['sign_conflicts'] is None  # no item is moved by both
+  groups = found(capsys, 'zero', '--diff', 'one', 'minus')['groups']
+  assert groups['layer_3']['slerp'] is None and groups['all']['slerp'] is None
+  assert groups['all']['lerp'] == 0
+
+
+def test_lerp_and_slerp_are_the_norms_of_the_merges(read, capsys):
+  from alignjax.cli import merge
+
+  for method in ('linear', 'slerp'):
+    argv = '--base base --models a b --out'.split()
+    assert merge.main([method, *argv, method]) == 0
+  capsys.readouterr()
+  groups = found(capsys, 'base', '--diff', 'a', 'b')['groups']
+  merged = found(capsys, 'base', '--diff', 'linear', 'slerp')['groups']
+  for name, of in groups.items():
+    norms = [of['lerp'], of['slerp']]
+    np.testing.assert_allclose(norms, merged[name]['norms'], rtol=1e-5)
+  # What the merge has recorded of its inputs is what is measured here.
+  record = found(capsys, 'slerp')['provenance']['merge']
+  for name, norms in record['norms'].items():
+    np.testing.assert_allclose(norms, groups[name]['norms'], rtol=1e-6)
+    assert record['angles_deg'][name] == groups[name]['angles_deg']
+  assert set(record['norms']) == set(groups) - {'all'}
+  assert 'norms' in said(capsys, 'slerp')
+
+
+def test_the_geometry_is_kept(read, capsys):
+  out = said(capsys, 'base', '--diff', 'a', 'b', '--out', 'kept/g.json')
+  assert 'wrote kept/g.json' in out
+  with open('kept/g.json') as file:
+    kept = json.load(file)
+  assert kept == found(capsys, 'base', '--diff', 'a', 'b')
+  assert kept['format'] == 1 and kept['base']['name'] == 'base'
+  assert [m['name'] for m in kept['models']] == ['a', 'b']
+
+
+def test_it_is_a_verb_of_a_job_graph(read, capsys):
+  with open('job.json', 'w') as file:
+    json.dump({'base': 'base', 'models': ['a', 'b']}, file)
+  assert 'wrote w/geometry.json' in said(
+    capsys, '--config=job.json', '--workdir=w'
+  )
+  with open('w/geometry.json') as file:
+    kept = json.load(file)
+  assert kept == found(capsys, 'base', '--diff', 'a', 'b')
+
+
+def test_names_tell_models_of_a_graph_apart():
+  paths = ['/w/pretrain/model', '/w/a/model', '/w/a/model_anchor', '/w/hf']
+  assert facts._names(paths) == ['pretrain', 'a', 'a/model_anchor', 'hf']
+  clash = ['/w/sft/model', '/v/sft/model']
+  assert facts._names(clash) == clash
+  assert facts._names(['/w/a', '/w/a']) == ['a', 'a']
+
+
+@pytest.mark.parametrize(
+  'job, flags, words',
+  [
+    ({'base': 'base', 'model': ['a']}, [], "did you mean 'models'"),
+    ({'base': 'base'}, [], 'models must be a list of paths, found None'),
+    ({'base': 'base', 'models': [3]}, [], 'must be strings, found 3'),
+    ({'models': ['a']}, [], 'must be strings, found None'),
+    ({'base': 'base', 'models': ['a']}, ['b'], 'WHAT and --diff are'),
+    (None, [], 'WHAT is missing'),
+    (None, ['base', '--out=x.json'], '--diff says; it is missing'),
+    (None, ['base', '--workdir=w'], '--diff says; it is missing'),
+  ],
+)
+def test_bad_words_of_the_geometry(models, job, flags, words):
+  if job is not None:
+    with open('job.json', 'w') as file:
+      json.dump(job, file)
+    flags = ['--config=job.json', *flags]
+  with pytest.raises(UserError, match=words):
+    inspect.main(flags)
+
+
+def test_weights_that_are_not_finite_are_told(read):
+  write('bad', {n: v * np.float32(np.nan) for n, v in params(1).items()})
+  with pytest.raises(UserError, match='non-finite weights in the group'):
+    inspect.main(['base', '--diff', 'bad', '--out=x.json'])
 
 
 @pytest.mark.parametrize(

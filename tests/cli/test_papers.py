@@ -17,6 +17,7 @@ from alignjax.data.tokenizer import ByteTokenizer
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.system import model_dir
+from configs import quickstart
 from configs.papers import bond, infalign, jbond, warp
 from tests import tiny
 from tests.chaos.programs import write_text
@@ -149,6 +150,27 @@ def test_warp_starts_every_round_anew():
   assert following['liti_rate'] == 0.3
 
 
+def test_warp_and_the_quickstart_draw_their_geometry():
+  config = warp.get_config()
+  config.start.policy = 'SFT'
+  for graph, base, runs in (
+    (graph_of(warp, config), 'SFT', 'round_1_run_{}'),
+    (
+      graph_of(quickstart, quickstart.get_config()),
+      '@pretrain/model',
+      'align_{}',
+    ),
+  ):
+    jobs_of = {job.name: job for job in graph}
+    job = jobs_of['geometry']
+    assert job.verb == 'inspect' and job.config['base'] == base
+    count = len(job.config['models'])
+    assert job.config['models'] == [
+      f'@{runs.format(m)}/model' for m in range(1, count + 1)
+    ]
+    assert count >= 2 and 'geometry' in jobs_of['report'].needs
+
+
 @pytest.fixture(scope='module')
 def rounds(tmp_path_factory):
   """WARP's graph on a decoder of a few thousand weights: 2 rounds of 2 runs."""
@@ -238,3 +260,5 @@ def test_warp_evaluates_a_front_for_every_round(rounds):
   assert abs(models[0]['kl']['mean']) < 1e-6
   page = (work / 'report.html').read_text()
   assert 'LITI, round 1' in page and 'LITI, round 2' in page
+  assert 'How the task vectors lie' in page
+  assert 'round_1_run_1 · round_1_run_2' in page

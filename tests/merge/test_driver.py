@@ -191,6 +191,8 @@ def test_provenance_says_what_was_merged(three, tmp_path):
   groups = {'embedding', 'final_norm', 'layer_0', 'layer_1'}
   assert set(said['angles_deg']) == groups
   assert all(0 < angle < 180 for (angle,) in said['angles_deg'].values())
+  assert set(said['norms']) == groups
+  assert all(a > 0 and b > 0 for a, b in said['norms'].values())
 
 
 def test_what_belongs_to_the_base_travels(three, tmp_path):

@@ -65,4 +65,4 @@ def test_names_are_escaped():
   ],
 )
 def test_ticks(value, text):
-  assert curves._tick(value) == text
+  assert curves.tick(value) == text

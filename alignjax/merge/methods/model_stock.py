@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
-from alignjax.merge.gram import angles, task_gram
+from alignjax.merge.gram import recorded, task_gram
 from alignjax.merge.method import Pass, merging
 from alignjax.merge.sphere import directions
 
@@ -35,7 +35,7 @@ def ratio(gram: Float[Array, 'M M'], stats: Any = None, **numbers) -> Any:
   models=(2, None),
   passes=(Pass(task_gram, ratio),),
   grouped=True,
-  report=angles,
+  report=recorded,
 )
 def model_stock(
   base: Float[Array, '...'],

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from alignjax.merge.combination import weighted_sum
-from alignjax.merge.gram import angles, task_gram
+from alignjax.merge.gram import recorded, task_gram
 from alignjax.merge.method import Pass, merging
 from alignjax.merge.methods.linear import normalised
 from alignjax.merge.sphere import barycentre, problem, step
@@ -37,7 +37,7 @@ def coefficients(
   passes=(Pass(task_gram, coefficients),),
   grouped=True,
   problem=problem,
-  report=angles,
+  report=recorded,
 )
 def multislerp(
   base: Float[Array, '...'],

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
 from alignjax.merge.combination import weighted_sum
-from alignjax.merge.gram import angles, arc, task_gram
+from alignjax.merge.gram import arc, recorded, task_gram
 from alignjax.merge.method import RATE, Pass, merging
 
 
@@ -60,7 +60,7 @@ def problem(gram: Float[Array, 'M M']) -> str | None:
   passes=(Pass(task_gram, coefficients),),
   grouped=True,
   problem=problem,
-  report=angles,
+  report=recorded,
 )
 def slerp(
   base: Float[Array, '...'],

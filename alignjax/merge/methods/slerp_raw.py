@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.merge.combination import weighted_sum
-from alignjax.merge.gram import angles, arc, full_gram
+from alignjax.merge.gram import arc, full_gram, recorded
 from alignjax.merge.method import RATE, Pass, merging
 
 
@@ -40,7 +40,7 @@ def problem(gram: Float[Array, '2 2']) -> str | None:
   passes=(Pass(full_gram, coefficients),),
   grouped=True,
   problem=problem,
-  report=angles,
+  report=recorded,
 )
 def slerp_raw(
   base: Float[Array, '...'],
