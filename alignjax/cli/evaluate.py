@@ -41,10 +41,17 @@ def main(argv: Sequence[str]) -> int:
   config, _, rest = configs.load(['--config', arguments.config, *rest])
   if rest:
     raise UserError(f'unknown argument {rest[0]!r}; `alignjax evaluate --help`')
+  check(config, arguments.config)
+  _evaluate(config, arguments.workdir)
+  return console.OK
+
+
+def check(config, file: str) -> None:
+  """UserError for a field that is missing or bad; opens nothing."""
   embedding: Any = config.get('embedding') or {}
   configs.check(
     config,
-    arguments.config,
+    file,
     'tokenizer model source reward models reference seed'.split(),
     prompts=2,  # one has no interval
     responses=2 if embedding.get('path') else 1,
@@ -61,8 +68,6 @@ def main(argv: Sequence[str]) -> int:
     raise UserError(
       f'reference: {config.reference!r} is none of the models {names}'
     )
-  _evaluate(config, arguments.workdir)
-  return console.OK
 
 
 class _Setting(NamedTuple):
@@ -77,7 +82,7 @@ class _Setting(NamedTuple):
   writers: dict[tuple[int, float], Any]
 
 
-def _setting(config) -> _Setting:
+def opened(config) -> _Setting:
   """Builds and checks everything before anything is computed."""
   import numpy as np
 
@@ -145,7 +150,7 @@ def _evaluate(config, workdir: Path) -> None:
   from alignjax.cli import parts
   from alignjax.rewards import compose
 
-  setting = _setting(config)
+  setting = opened(config)
   roles = compose.roles(setting.reward)
   guests, read = parts.guests(config, setting.tokens, roles)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -264,6 +269,7 @@ def _write(config, workdir: Path, setting: _Setting, results) -> None:
       'liti_rate': entry.get('liti_rate'),
       'series': entry.get('series', ''),
       'weights': _weights(entry),
+      'numbers': configs.plain(entry.get('numbers') or {}),
       **evaluate.compare(results[entry['name']], reference, names),
     }
     for entry in config.models

@@ -24,7 +24,7 @@ beside these, with flags of their own (`alignjax merge NAME --help`)
 {others}
 
 several values of a number give several results in one pass over the inputs:
-OUT/t_0.50, OUT/liti_0.30.
+OUT/t_0.50, OUT/liti_0.30; of several numbers, all their combinations.
 
 rules (--where) give other numbers to the leaves whose whole name matches; the
 first that matches wins; a list of values is spread over the depth.
@@ -72,9 +72,17 @@ def _parser() -> argparse.ArgumentParser:
   add('--config', metavar='F', help='the fields below from a file')
   add('--rebuild', metavar='M', help='merge again what M was merged from')
   add('--workdir', metavar='W', help='--out is inside it, "model" by default')
+  add('--out', metavar='O', help='where the result goes')
+  add('--overwrite', action='store_true', help='replace existing results')
+  add_flags(parser)
+  return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """What is merged and how, with the numbers of all methods, as lists."""
+  add = parser.add_argument
   add('--base', metavar='P', help='init of the task vectors')
   add('--models', nargs='+', metavar='A', help='what is merged')
-  add('--out', metavar='O', help='where the result goes')
   add(
     '--where',
     action='append',
@@ -91,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
   add('--dtype', metavar='bfloat16|float32', help="the base's by default")
   for flag, text in (
     ('--pad', 'tables may differ in rows: the result has those of the base'),
-    ('--overwrite', 'replace existing results'),
     (
       '--allow-different-bases',
       'merge models that were trained from another init than the base',
@@ -100,10 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     ('--dry-run', 'check everything, say what would be done, write nothing'),
   ):
     add(flag, action='store_true', help=text)
-  numbers = sorted({name for _, _, names in _methods() for name in names})
-  for name in numbers:
+  for name in number_names():
     add(f'--{name}', nargs='+', type=_number, help=argparse.SUPPRESS)
-  return parser
+
+
+def number_names() -> list[str]:
+  """The numbers of all methods."""
+  return sorted({name for _, _, names in _methods() for name in names})
 
 
 def _number(text: str) -> float:

@@ -1,7 +1,7 @@
 """What `alignjax merge` does beside averaging: stacks layers, adapters.
 
 `main` for the names of NAMES; each opens a model that is made of others and
-writes it as `convert` would, or writes an adapter.
+writes it as `convert` would, or writes an adapter; `sweep` has its own file.
 """
 
 import argparse
@@ -17,6 +17,8 @@ NAMES = {
   'lora.extract': 'the adapter of rank --rank that is nearest to what training'
   " has added to --base, in PEFT's files",
   'lora.fold': "adds an adapter of PEFT's, --adapter, to --base",
+  'sweep': 'a grid over --methods and their numbers, each point evaluated as'
+  ' --evaluation says, with a report in --workdir',
 }
 
 
@@ -46,6 +48,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 def main(name: str, argv: Sequence[str]) -> int:
   """Raises UserError."""
+  if name == 'sweep':
+    from alignjax.cli import merge_sweep
+
+    return merge_sweep.main(argv)
   args = _parser(name).parse_args(argv)
 
   from alignjax.interop.open import open as open_model
