@@ -124,8 +124,7 @@ def plan(
     base: gives dtypes, config, tokenizer and files, and is where task vectors
       begin; the first model for methods without those.
     models: model directories of any format.
-    out: the result's; for a list of numbers the folder of `t_0.50`, `t_0.70`,
-      for several lists of `density_0.20_scale_0.50` and all other pairs.
+    out: the result's; of lists of numbers the folder of `t_0.50`, `t_0.70`.
     role: which params to merge; beside it the result has `extra` of the base.
     group: layer, tensor or all.
     where: rules 'REGEX:name=value[,name=value]'; see `rules`.
@@ -135,7 +134,7 @@ def plan(
     dtype: keep, which is the base's, bfloat16 or float32.
     pad: tables with other rows than the base's are cut, or filled from it.
     extrapolate: numbers that interpolate may lie beyond their ends.
-    **numbers: of the method; several of one that is a list.
+    **numbers: of the method; lists give a result per combination.
   """
   options = {'dtype': dtype, 'pad': pad, 'extrapolate': extrapolate}
   how, _ = method.method(name), method.group_of('', group)

@@ -7,6 +7,7 @@ taken as independent (Zou and Donner's method of variance estimates recovery,
 tests hypotheses beyond that, and no sentence claims more than it found.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -239,13 +240,20 @@ def _pareto(evaluation: dict[str, Any]) -> str:
       f'{p.name} ({_ci(p.y)} at KL {p.x[0]:.2f})' for p in on
     )
   said += '.'
-  if rest:
-    names = f' ({", ".join(beaten)})' if beaten else ''
+  if len(on) > 1:
+    rises = [combined([(1, b.y), (-1, a.y)]) for a, b in itertools.pairwise(on)]
+    count = [verdict(x) for x in rises].count('higher')
     said += (
-      f' Of the {len(rest)} off it, {len(beaten)} are measurably beaten in one '
-      f'of the two and not behind in the mean of the other{names}; no '
-      'measurable difference keeps the others off.'
+      f' From one of them to the next the reward rises measurably {count} of '
+      f'{len(rises)} times.'
     )
+  if beaten:
+    said += (
+      f' Of the {len(rest)} off it, {len(beaten)} are measurably beaten by a '
+      f'model that is behind in neither: {", ".join(beaten)}.'
+    )
+  elif rest:
+    said += f' No measurable difference keeps the other {len(rest)} off it.'
   return said
 
 
