@@ -115,16 +115,17 @@ def main(argv: Sequence[str]) -> int:
   points = [point for merge in merges for point in merge.points]
   evaluation = _evaluation(args, overrides, points)
   _check_evaluation(args, evaluation)
-  _check_disk(args.workdir, merges)
   settings = {'sweep': [m.config for m in merges], 'evaluation': evaluation}
   graph = run.ordered(_jobs(merges, evaluation))
+  books = run.books(args.workdir, graph)
+  _say(merges)
+  _check_disk(args.workdir, merges, books)
   runner = argparse.Namespace(
     workdir=args.workdir,
-    rerun=args.rerun,
+    rerun=_again(args.rerun, merges, books),
     only=None,
     dry_run=getattr(args, 'dry_run', False),
   )
-  _say(merges)
   code = run.start(runner, settings, graph)
   if code != console.OK or runner.dry_run:
     return code
@@ -143,6 +144,7 @@ def _arguments(
   """(flags, overrides of the evaluation as `config.load` takes them)."""
   from alignjax.core import lookup
   from alignjax.core.types import UserError
+  from alignjax.interop.open import absolute
 
   parser = _parser()
   args, rest = parser.parse_known_args(list(argv))
@@ -166,6 +168,8 @@ def _arguments(
     raise UserError(
       f"--keep is {keep!r}, expected a whole number from 1, 'front' or 'all'"
     )
+  args.base = str(absolute(args.base))
+  args.models = [str(absolute(path)) for path in args.models]
   return args, overrides
 
 
@@ -188,7 +192,6 @@ def _grid(args: argparse.Namespace) -> list[Merge]:
   """Every method with its points, checked. Raises UserError."""
   from alignjax.core import lookup
   from alignjax.core.types import UserError
-  from alignjax.interop.open import absolute
   from alignjax.merge import method, planning
 
   # 'lerp' is another word for 'linear'.
@@ -209,8 +212,7 @@ def _grid(args: argparse.Namespace) -> list[Merge]:
         f' {", ".join(known) or "no numbers"})'
       )
   shared = {field: getattr(args, field, no) for field, no in _SHARED.items()}
-  shared['base'] = str(absolute(args.base))
-  shared['models'] = [str(absolute(path)) for path in args.models]
+  shared |= {'base': args.base, 'models': args.models}
   found = []
   for name in names:
     numbers: dict[str, Any] = {k: given[k] for k in given if k in takes[name]}
@@ -245,13 +247,12 @@ def _evaluation(
 
   loaded, _, _ = config.load(['--config', args.evaluation, *overrides])
   settings = config.plain(loaded)
-  base, *parents = _inputs(args)
   settings['reference'] = _INIT
   settings['models'] = [
-    {'name': _INIT, 'kind': 'init', 'path': base},
+    {'name': _INIT, 'kind': 'init', 'path': args.base},
     *(
       {'name': name, 'kind': 'run', 'path': path}
-      for name, path in zip(_run_names(parents), parents)
+      for name, path in zip(_run_names(args.models), args.models)
     ),
     *(
       {
@@ -265,18 +266,12 @@ def _evaluation(
     ),
   ]
   if dict(settings.get('model') or {}).get('name') == 'start':
-    settings['start'] = {'policy': base}
+    settings['start'] = {'policy': args.base}
   evaluate.check(
     config.from_json(config.to_json(settings)),
     f'--evaluation={args.evaluation}',
   )
   return settings
-
-
-def _inputs(args: argparse.Namespace) -> list[str]:
-  from alignjax.interop.open import absolute
-
-  return [str(absolute(path)) for path in (args.base, *args.models)]
 
 
 def _run_names(paths: Sequence[str]) -> list[str]:
@@ -300,14 +295,32 @@ def _check_evaluation(
   )
 
 
-def _check_disk(workdir: Path, merges: Sequence[Merge]) -> None:
+def _again(
+  rerun: list[str] | None, merges: Sequence[Merge], books: Mapping[str, Any]
+) -> list[str] | None:
+  """What runs again; with the merges whose models --keep has removed."""
+  if rerun is None:
+    return None
+  again = rerun or [name for name, book in books.items() if book.changes]
+  gone = [m.job for m in merges if m.bytes and books[m.job].stage == 'finished']
+  return [*again, *gone] if again else []
+
+
+def _check_disk(
+  workdir: Path, merges: Sequence[Merge], books: Mapping[str, Any]
+) -> None:
+  """Says what will be written; raises UserError if it has no room."""
   from alignjax.core.types import UserError
 
   folder = workdir.absolute()
   while not folder.exists():
     folder = folder.parent
   free = shutil.disk_usage(folder).free
-  needed = sum(merge.bytes for merge in merges)
+  needed = sum(
+    merge.bytes for merge in merges if books[merge.job].stage != 'finished'
+  )
+  count = sum(len(merge.points) for merge in merges)
+  print(f'{count} merged models; {needed / 1e9:.2f} GB are to be written')
   if needed > free:
     raise UserError(
       f'--workdir={workdir}: the merged models take {needed / 1e9:.2f} GB,'
@@ -331,11 +344,6 @@ def _say(merges: Sequence[Merge]) -> None:
     print(f'{merge.job}: {len(merge.points)} point(s)')
     for point in merge.points:
       print(f'  {point.name}: {point.path}')
-  count = sum(len(merge.points) for merge in merges)
-  print(
-    f'{count} merged models; {sum(m.bytes for m in merges) / 1e9:.2f} GB are to'
-    ' be written'
-  )
 
 
 def _rows(points: Sequence[Point], workdir: Path) -> list[dict[str, Any]]:
@@ -390,7 +398,3 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     '  '.join(f'{x:<{w}}' for x, w in zip(line, widths)).rstrip()
     for line in cells
   ]
-
-
-if __name__ == '__main__':
-  raise SystemExit(console.call('merge sweep', main))

@@ -128,6 +128,12 @@ def _book(workdir: Path, name: str, fact: Mapping[str, Any]) -> Book:
   return Book(stage, changes or ['what it needs has changed'])
 
 
+def books(workdir: Path, graph: Sequence[jobs.Job]) -> dict[str, Book]:
+  """Name of a job -> what the workdir says about it."""
+  facts = jobs.facts(graph)
+  return {job.name: _book(workdir, job.name, facts[job.name]) for job in graph}
+
+
 def check_workdir(workdir: Path) -> None:
   """UserError for a folder that something else has written into."""
   if workdir.exists() and not workdir.is_dir():
@@ -331,19 +337,12 @@ def start(
     graph: all jobs of the workdir.
   """
   check_workdir(args.workdir)
-  facts = jobs.facts(graph)
-
-  def look() -> dict[str, Book]:
-    return {
-      job.name: _book(args.workdir, job.name, facts[job.name]) for job in graph
-    }
-
   if args.dry_run:
-    books = look()
-    _show(args, graph, books, _again(args, graph, books))
+    found = books(args.workdir, graph)
+    _show(args, graph, found, _again(args, graph, found))
     return console.OK
   with local.locked(args.workdir / _MARKS / 'lock'):
-    again = _again(args, graph, look())
+    again = _again(args, graph, books(args.workdir, graph))
     # From the far end: a kill in between leaves no job finished whose needs
     # have gone.
     for job in reversed(graph):
@@ -354,7 +353,7 @@ def start(
     for half in (args.workdir / _MARKS).glob('.removed-*'):
       shutil.rmtree(half)
     files.write(args.workdir / 'config.json', config.to_json(settings))
-    return _execute(args, graph, look())
+    return _execute(args, graph, books(args.workdir, graph))
 
 
 if __name__ == '__main__':
