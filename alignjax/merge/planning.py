@@ -257,11 +257,12 @@ def _outputs(
 ) -> dict[str, dict[str, Any]]:
   """Path of each result -> its numbers."""
   numbers = {k: v for k, v in numbers.items() if v is not None}
-  lists = [
+  # In the order of their names: a path must not depend on that of flags.
+  lists = sorted(
     name
     for name, value in numbers.items()
     if name != 'weights' and isinstance(value, list | tuple)
-  ]
+  )
   if not lists:
     return {str(absolute(out)): numbers}
   for name in lists:
