@@ -288,6 +288,7 @@ def document(config, setting: Setting, results, ids) -> dict[str, Any]:
       'liti_rate': entry.get('liti_rate'),
       'series': entry.get('series', ''),
       'weights': _weights(entry),
+      'numbers': configs.plain(entry.get('numbers') or {}),
       **evaluate.compare(results[entry['name']], reference, names),
     }
     for entry in config.models

@@ -24,7 +24,7 @@ beside these, with flags of their own (`alignjax merge NAME --help`)
 {others}
 
 several values of a number give several results in one pass over the inputs:
-OUT/t_0.50, OUT/liti_0.30.
+OUT/t_0.50, OUT/liti_0.30; of several numbers, all their combinations.
 
 rules (--where) give other numbers to the leaves whose whole name matches; the
 first that matches wins; a list of values is spread over the depth, but that
@@ -74,9 +74,17 @@ def _parser() -> argparse.ArgumentParser:
   add('--config', metavar='F', help='the fields below from a file')
   add('--rebuild', metavar='M', help='merge again what M was merged from')
   add('--workdir', metavar='W', help='--out is inside it, "model" by default')
+  add('--out', metavar='O', help='where the result goes')
+  add('--overwrite', action='store_true', help='replace existing results')
+  add_flags(parser)
+  return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """What is merged and how, with the numbers of all methods, as lists."""
+  add = parser.add_argument
   add('--base', metavar='P', help='init of the task vectors')
   add('--models', nargs='+', metavar='A', help='what is merged')
-  add('--out', metavar='O', help='where the result goes')
   add(
     '--where',
     action='append',
@@ -93,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
   add('--dtype', metavar='bfloat16|float32', help="the base's by default")
   for flag, text in (
     ('--pad', 'tables may differ in rows: the result has those of the base'),
-    ('--overwrite', 'replace existing results'),
     (
       '--allow-different-bases',
       'merge models that were trained from another init than the base',
@@ -104,13 +111,17 @@ def _parser() -> argparse.ArgumentParser:
   ):
     add(flag, action='store_true', help=text)
   add_numbers(parser)
-  return parser
+
+
+def number_names() -> list[str]:
+  """The numbers of all methods."""
+  return sorted({name for _, _, names in _methods() for name in names})
 
 
 def add_numbers(parser: argparse.ArgumentParser) -> None:
   """A flag for every number that a method has, unless the verb has its own."""
   taken = {action.dest for action in parser._actions}
-  for name in sorted({name for _, _, names in _methods() for name in names}):
+  for name in number_names():
     if name not in taken:
       flag = f'--{name}'
       parser.add_argument(flag, nargs='+', type=_number, help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """What `alignjax merge` does beside averaging: stacks layers, adapters, search.
 
 `main` for the names of NAMES; each opens a model that is made of others and
-writes it as `convert` would, or writes an adapter.
+writes it as `convert` would, or writes an adapter; `sweep` has its own file.
 """
 
 import argparse
@@ -18,6 +18,8 @@ NAMES = {
   " has added to --base, in PEFT's files",
   'lora.fold': "adds an adapter of PEFT's, --adapter, to --base",
   'search': 'the numbers of METHOD, per group of layers, that evaluate best',
+  'sweep': 'a grid over --methods and their numbers, each point evaluated as'
+  ' --evaluation says, with a report in --workdir',
 }
 
 
@@ -51,6 +53,10 @@ def main(name: str, argv: Sequence[str]) -> int:
     from alignjax.cli import merge_search
 
     return merge_search.main(argv)
+  if name == 'sweep':
+    from alignjax.cli import merge_sweep
+
+    return merge_sweep.main(argv)
   args = _parser(name).parse_args(argv)
 
   from alignjax.interop.open import open as open_model

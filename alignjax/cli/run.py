@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,23 +73,29 @@ def _graph(argv: Sequence[str]) -> tuple[Any, list[jobs.Job]]:
     raise UserError(f'unknown argument {rest[0]!r}; `alignjax run --help`')
   if program is None or not hasattr(program, 'jobs'):
     raise UserError(f'{argv[1]}: a config program with jobs(config) is needed')
+  graph = ordered(program.jobs(settings))
+  if not graph:
+    raise UserError(f'{argv[1]}: jobs(config) gives no job')
+  return settings, graph
+
+
+def ordered(given: Iterable[jobs.Job]) -> list[jobs.Job]:
+  """The jobs in order, with plain configs. Raises UserError for a bad one."""
   graph = jobs.order(
     job._replace(
       config=config.plain(job.config, f'job {job.name!r}'),
       needs=tuple(job.needs),
       arguments=tuple(map(str, job.arguments)),
     )
-    for job in program.jobs(settings)
+    for job in given
   )
-  if not graph:
-    raise UserError(f'{argv[1]}: jobs(config) gives no job')
   for job in graph:
     if '.' not in job.verb and job.verb not in console.VERBS:
       raise UserError(
         f'job {job.name!r}: no verb {job.verb!r}'
         f'{lookup.nearest(job.verb, console.VERBS)}'
       )
-  return settings, graph
+  return graph
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -122,7 +128,14 @@ def _book(workdir: Path, name: str, fact: Mapping[str, Any]) -> Book:
   return Book(stage, changes or ['what it needs has changed'])
 
 
-def _check_workdir(workdir: Path) -> None:
+def books(workdir: Path, graph: Sequence[jobs.Job]) -> dict[str, Book]:
+  """Name of a job -> what the workdir says about it."""
+  facts = jobs.facts(graph)
+  return {job.name: _book(workdir, job.name, facts[job.name]) for job in graph}
+
+
+def check_workdir(workdir: Path) -> None:
+  """UserError for a folder that something else has written into."""
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f'--workdir={workdir} is not a folder')
   if not workdir.exists() or (workdir / _MARKS).is_dir():
@@ -310,20 +323,26 @@ def main(argv: Sequence[str]) -> int:
   """Exit code: 0, 2 bad input, 75 interrupted, else the failed job's."""
   args, rest = _parser().parse_known_args(argv)
   settings, graph = _graph(['--config', args.config, *rest])
-  _check_workdir(args.workdir)
-  facts = jobs.facts(graph)
+  return start(args, settings, graph)
 
-  def look() -> dict[str, Book]:
-    return {
-      job.name: _book(args.workdir, job.name, facts[job.name]) for job in graph
-    }
 
+def start(
+  args: argparse.Namespace, settings: Any, graph: Sequence[jobs.Job]
+) -> int:
+  """Runs a graph that `ordered` has given, or goes on with it; exit code.
+
+  Args:
+    args: `workdir`, `rerun`, `only` and `dry_run` of `alignjax run`.
+    settings: what the graph was made of; it is kept in W/config.json.
+    graph: all jobs of the workdir.
+  """
+  check_workdir(args.workdir)
   if args.dry_run:
-    books = look()
-    _show(args, graph, books, _again(args, graph, books))
+    found = books(args.workdir, graph)
+    _show(args, graph, found, _again(args, graph, found))
     return console.OK
   with local.locked(args.workdir / _MARKS / 'lock'):
-    again = _again(args, graph, look())
+    again = _again(args, graph, books(args.workdir, graph))
     # From the far end: a kill in between leaves no job finished whose needs
     # have gone.
     for job in reversed(graph):
@@ -334,7 +353,7 @@ def main(argv: Sequence[str]) -> int:
     for half in (args.workdir / _MARKS).glob('.removed-*'):
       shutil.rmtree(half)
     files.write(args.workdir / 'config.json', config.to_json(settings))
-    return _execute(args, graph, look())
+    return _execute(args, graph, books(args.workdir, graph))
 
 
 if __name__ == '__main__':

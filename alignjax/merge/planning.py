@@ -4,6 +4,7 @@ Names, shapes, bases, tokenizers, numbers, rules and outputs are all looked at
 here: the driver does what a `Plan` says and refuses nothing but weights.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -126,7 +127,7 @@ def plan(
     base: gives dtypes, config, tokenizer and files, and is where task vectors
       begin; the first model for methods without those.
     models: model directories of any format.
-    out: the result's; for a list of numbers the folder of `t_0.50`, `t_0.70`.
+    out: the result's; of lists of numbers the folder of `t_0.50`, `t_0.70`.
     role: which params to merge; beside it the result has `extra` of the base.
     group: layer, tensor or all.
     where: rules 'REGEX:name=value[,name=value]'; see `rules`.
@@ -137,7 +138,7 @@ def plan(
     pad: tables with other rows than the base's are cut, or filled from it.
     extrapolate: numbers that interpolate may lie beyond their ends.
     checksums: inputs of foreign formats are read once more for their digests.
-    **numbers: of the method; one of them may be a list of several.
+    **numbers: of the method; lists give a result per combination.
   """
   options = {'dtype': dtype, 'pad': pad, 'extrapolate': extrapolate}
   options['checksums'] = checksums
@@ -277,28 +278,37 @@ def _outputs(
 ) -> dict[str, dict[str, Any]]:
   """Path of each result -> its numbers."""
   numbers = {k: v for k, v in numbers.items() if v is not None}
-  lists = [
+  # In the order of their names: a path must not depend on that of flags.
+  lists = sorted(
     name
     for name, value in numbers.items()
     if name != 'weights' and isinstance(value, list | tuple)
-  ]
+  )
   if not lists:
     return {str(absolute(out)): numbers}
-  if len(lists) > 1:
-    raise UserError(f'only one number may be a list, not {" and ".join(lists)}')
-  (name,) = lists
-  if not numbers[name]:
-    raise UserError(f'{name} is an empty list')
+  for name in lists:
+    _check_list(name, numbers[name])
   outputs: dict[str, dict[str, Any]] = {}
-  for value in numbers[name]:
+  for values in itertools.product(*(numbers[name] for name in lists)):
+    folder = '_'.join(
+      f'{name.removesuffix("_rate")}_{_label(value)}'
+      for name, value in zip(lists, values)
+    )
+    outputs[str(absolute(out) / folder)] = {
+      **numbers,
+      **dict(zip(lists, values)),
+    }
+  return outputs
+
+
+def _check_list(name: str, values: Sequence[Any]) -> None:
+  if not values:
+    raise UserError(f'{name} is an empty list')
+  for i, value in enumerate(values):
     if not isinstance(value, int | float) or not math.isfinite(value):
       raise UserError(f'{name} must be a list of numbers, found {value!r}')
-    folder = f'{name.removesuffix("_rate")}_{_label(value)}'
-    path = str(absolute(out) / folder)
-    if path in outputs:
+    if value in values[:i]:
       raise UserError(f'{name} has the value {value} twice')
-    outputs[path] = {**numbers, name: value}
-  return outputs
 
 
 def _label(value: float) -> str:

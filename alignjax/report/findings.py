@@ -7,10 +7,12 @@ taken as independent (Zou and Donner's method of variance estimates recovery,
 tests hypotheses beyond that, and no sentence claims more than it found.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from alignjax.report import grid
 from alignjax.report.front import Point, points, sweep
 from alignjax.report.read import Found, Run, Series, interval
 
@@ -37,7 +39,12 @@ def verdict(difference: Interval) -> str:
 
 
 def evaluated(evaluation: dict[str, Any]) -> list[str]:
-  """Three findings: against the init, SLERP, and the LITI front."""
+  """Three findings: against the init, SLERP, and the LITI front.
+
+  Of a grid over merging methods: against the init, the Pareto front, the best.
+  """
+  if grid.merged(evaluation):
+    return [_gain(evaluation), _pareto(evaluation), _best(evaluation)]
   return [_gain(evaluation), _slerp(evaluation), _liti(evaluation)]
 
 
@@ -214,6 +221,74 @@ def _liti(evaluation: dict[str, Any]) -> str:
       f'line from init to merged at any of {count} inner rates ({margin}).'
     )
   return head + tail
+
+
+def _pareto(evaluation: dict[str, Any]) -> str:
+  """Which points of a grid are on the front, and what that is worth."""
+  every = points(evaluation)
+  front = grid.pareto(evaluation['models'])
+  merged = [p for p in every if p.kind == grid.MERGED]
+  on = sorted((p for p in merged if p.name in front), key=lambda p: p.x[0])
+  rest = [p for p in merged if p.name not in front]
+  beaten = [p.name for p in rest if any(_dominates(q, p) for q in every)]
+  said = (
+    f'{len(on)} of {len(merged)} merged models are on the Pareto front of mean '
+    'reward against KL, to which the init and the runs count as well'
+  )
+  if on:
+    said += ': ' + '; '.join(
+      f'{p.name} ({_ci(p.y)} at KL {p.x[0]:.2f})' for p in on
+    )
+  said += '.'
+  if len(on) > 1:
+    rises = [combined([(1, b.y), (-1, a.y)]) for a, b in itertools.pairwise(on)]
+    count = [verdict(x) for x in rises].count('higher')
+    said += (
+      f' From one of them to the next the reward rises measurably {count} of '
+      f'{len(rises)} times.'
+    )
+  if beaten:
+    said += (
+      f' Of the {len(rest)} off it, {len(beaten)} are measurably beaten by a '
+      f'model that is behind in neither: {", ".join(beaten)}.'
+    )
+  elif rest:
+    said += f' No measurable difference keeps the other {len(rest)} off it.'
+  return said
+
+
+def _dominates(one: Point, other: Point) -> bool:
+  """No worse in both means, and measurably better in one."""
+  reward = combined([(1, one.y), (-1, other.y)])
+  kl = combined([(1, one.x), (-1, other.x)])
+  better = 'higher' == verdict(reward) or 'lower' == verdict(kl)
+  return reward[0] >= 0 and kl[0] <= 0 and better
+
+
+def _best(evaluation: dict[str, Any]) -> str:
+  """The best point of a grid against the other methods and the runs."""
+  every = points(evaluation)
+  merged = [p for p in every if p.kind == grid.MERGED]
+  best = max(merged, key=lambda p: p.y[0])
+  rivals = [
+    max((p for p in merged if p.series == series), key=lambda p: p.y[0])
+    for series in dict.fromkeys(p.series for p in merged)
+    if series != best.series
+  ]
+  runs = [p for p in every if p.kind == 'run']
+  rivals += [max(runs, key=lambda p: p.y[0])] if runs else []
+  said = f'The best merged model by reward is {best.name}: {_ci(best.y)}'
+  told = []
+  for rival in rivals:
+    difference = combined([(1, best.y), (-1, rival.y)])
+    word = verdict(difference)
+    told.append(f'{rival.name} {_ci(rival.y)} ({_delta(difference)}, {word})')
+  if not told:
+    return f'{said}; there is no other method or run to compare it with.'
+  return (
+    f'{said}, against the best of every other method and of the runs: '
+    f'{"; ".join(told)}.'
+  )
 
 
 def _runs_at_equal_kl(evaluation, path: Sequence[Point]) -> str:

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignjax.core import files
-from alignjax.report import ink
+from alignjax.report import grid, ink
 from alignjax.report.labels import LEADER, place
 from alignjax.report.read import interval
 
@@ -41,6 +41,7 @@ class Point(NamedTuple):
     series: which of several LITI paths it is on.
     look: of its kind or arm.
     arm: of an experiment, '' for none.
+    numbers: of a point of a grid, as its label.
   """
 
   name: str
@@ -51,6 +52,7 @@ class Point(NamedTuple):
   series: str
   look: ink.Look
   arm: str
+  numbers: str
 
 
 class Label(NamedTuple):
@@ -76,8 +78,9 @@ def points(
       continue
     kind, series = str(model.get('kind', 'other')), model.get('series') or ''
     rate, name = model.get('liti_rate'), model['name']
+    said = grid.label(model.get('numbers') or {})
     out.append(
-      Point(name, kind, rate, x, y, series, looks[name], ink.arm(model))
+      Point(name, kind, rate, x, y, series, looks[name], ink.arm(model), said)
     )
   return out
 
@@ -153,6 +156,9 @@ def draw(evaluation: dict[str, Any], fields: tuple[str, str] = FRONT) -> Figure:
   reference = evaluation.get('best_of_n') or [] if fields == FRONT else []
   _limits(axes, every, reference, fields)
   _lines(axes, paths, reference)
+  of = {p.name: p for p in every}
+  for names in grid.paths(evaluation):
+    _path(axes, [of[name] for name in names if name in of])
   for point in every:
     _mark(axes, point, _green(paths, point.series))
   axes.set_xlabel(NAMES[fields[0]], labelpad=7)
@@ -235,6 +241,14 @@ def _lines(axes, paths: dict[str, list[Point]], reference):
     )
 
 
+def _path(axes: Axes, path: list[Point]):
+  """A number of a merging method, from its least to its largest."""
+  xs, ys = [p.x[0] for p in path], [p.y[0] for p in path]
+  if path:
+    fill = path[0].look.fill
+    axes.plot(xs, ys, color=fill, linewidth=1.4, alpha=0.6, zorder=2)
+
+
 def _mark(axes: Axes, point: Point, green: str):
   look = point.look
   if point.kind == 'liti':  # the line of its path is in the legend
@@ -280,7 +294,9 @@ def _texts(axes, every, paths, reference) -> list[Label]:
   named = [
     p
     for p in every
-    if p not in interpolated and p not in path and sizes[p.arm] < 2
+    if p not in interpolated
+    and p not in path
+    and (sizes[p.arm] < 2 or p.numbers)
   ]
   pixel = axes.transData.transform
   shared: dict[str, str] = {}
@@ -295,7 +311,8 @@ def _texts(axes, every, paths, reference) -> list[Label]:
     colour = ink.LOOKS['liti'].text
     out.append(Label(f'{p.rate:g}', p.x[0], p.y[0], colour, 10.5, 'bold'))
   for p in named:
-    text = p.name + shared.get(p.name, '')
+    alone = sizes[p.arm] < 2
+    text = (p.name if alone else p.numbers) + shared.get(p.name, '')
     out.append(Label(text, p.x[0], p.y[0], p.look.text, 11, 'bold'))
   for b in reference:
     if b.get('n', 1) > 1:  # one of one is the init

@@ -165,7 +165,8 @@ def _front(heading: str, lines: str, evaluation: dict, salt: str) -> str:
   if any(map(ink.arm, evaluation['models'])):
     said += (
       'Models of one arm share a colour and a marker; those of an arm with '
-      'several are named by the legend alone. '
+      'several are named by the legend, those of a grid by their numbers; '
+      'where one number varies a line joins them in its order. '
     )
   if evaluation.get('best_of_n'):
     said += (

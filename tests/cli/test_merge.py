@@ -65,6 +65,22 @@ def test_several_values_give_several_results(tmp_path):
   assert digests[2] == model_dir.digest(model_dir.read('a'))
 
 
+def test_several_lists_give_all_combinations(tmp_path):
+  argv = ['ties', *SLERP[1:], '--out', 'o', '--scale', '.5', '1']
+  assert merge.main([*argv, '--density', '.2', '.6']) == 0
+  found = sorted(path.name for path in (tmp_path / 'o').iterdir())
+  assert len(found) == 4 and 'density_0.20_scale_1.00' in found
+  alone = ['ties', *SLERP[1:], '--out', 'p', '--scale', '1', '--density', '.2']
+  assert merge.main(alone) == 0
+  one, two = (
+    model_dir.digest(model_dir.read(path))
+    for path in ('o/density_0.20_scale_1.00', 'p')
+  )
+  assert one == two
+  with pytest.raises(UserError, match='scale has the value 1 twice'):
+    merge.main([*argv, '1'])
+
+
 def test_a_config_is_the_same_as_flags(tmp_path):
   fields = {'method': 'slerp', 'base': 'base', 'models': ['a', 'b']}
   (tmp_path / 'm.json').write_text(
