@@ -114,7 +114,6 @@ def main(argv: Sequence[str]) -> int:
   merges = _grid(args)
   points = [point for merge in merges for point in merge.points]
   evaluation = _evaluation(args, overrides, points)
-  _check_evaluation(args, evaluation)
   settings = {'sweep': [m.config for m in merges], 'evaluation': evaluation}
   graph = run.ordered(_jobs(merges, evaluation))
   books = run.books(args.workdir, graph)
@@ -242,17 +241,18 @@ def _merge(job: str, what: Any, config: dict[str, Any]) -> Merge:
 def _evaluation(
   args: argparse.Namespace, overrides: Sequence[str], points: Sequence[Point]
 ) -> dict[str, Any]:
-  """The config of the evaluation, of the base, the inputs and the points."""
+  """The config of the evaluation, of base, inputs and points, checked."""
   from alignjax.cli import config, evaluate
 
   loaded, _, _ = config.load(['--config', args.evaluation, *overrides])
   settings = config.plain(loaded)
+  runs = _run_names(args.models, [_INIT, *(point.name for point in points)])
   settings['reference'] = _INIT
   settings['models'] = [
     {'name': _INIT, 'kind': 'init', 'path': args.base},
     *(
       {'name': name, 'kind': 'run', 'path': path}
-      for name, path in zip(_run_names(args.models), args.models)
+      for name, path in zip(runs, args.models)
     ),
     *(
       {
@@ -267,32 +267,21 @@ def _evaluation(
   ]
   if dict(settings.get('model') or {}).get('name') == 'start':
     settings['start'] = {'policy': args.base}
-  evaluate.check(
-    config.from_json(config.to_json(settings)),
-    f'--evaluation={args.evaluation}',
-  )
+  frozen = config.from_json(config.to_json(settings))
+  evaluate.check(frozen, f'--evaluation={args.evaluation}')
+  # All that it reads is opened, but for the points, which are not there.
+  frozen.models = [m for m in frozen.models if m['kind'] != 'merged']
+  evaluate.setting_of(frozen)
   return settings
 
 
-def _run_names(paths: Sequence[str]) -> list[str]:
-  """Of the folders, above 'model', if they differ; else 'run 1', 'run 2'."""
+def _run_names(paths: Sequence[str], taken: Sequence[str]) -> list[str]:
+  """Of the folders, above 'model', if all differ; else 'run 1', 'run 2'."""
   folders = [Path(path) for path in paths]
   names = [p.parent.name if p.name == 'model' else p.name for p in folders]
-  if len({*names, _INIT}) > len(names) and all(names):
+  if len({*names, *taken}) == len(names) + len(taken) and all(names):
     return names
   return [f'run {i}' for i in range(1, len(names) + 1)]
-
-
-def _check_evaluation(
-  args: argparse.Namespace, evaluation: Mapping[str, Any]
-) -> None:
-  """Opens all that the evaluation reads but the points, which are not there."""
-  from alignjax.cli import config, evaluate
-
-  there = [m for m in evaluation['models'] if m['kind'] != 'merged']
-  evaluate.setting_of(
-    config.from_json(config.to_json({**evaluation, 'models': there}))
-  )
 
 
 def _again(
