@@ -44,6 +44,7 @@ _SHARED: dict[str, Any] = {
   'pad': False,
   'allow_different_bases': False,
   'extrapolate': False,
+  'checksums': False,
 }
 
 
