@@ -21,17 +21,15 @@ runs/x/evaluate/job.json, whose models and reference are replaced: by the base,
 which is the reference, by --models, and by the points.
 --evaluation.a.b=value sets a field of it.
 
-numbers, as in `alignjax merge --help`, may have several values:
---t .3 .5 .7 --density .2 .5; a method takes those that it has. --weights, one
-per model, is the same for all points.
+numbers, as in `alignjax merge --help`, may have several values; a method takes
+those that it has. --weights, one per model, is the same for all points.
 
 W/sweep.json says what was found, W/report.html shows it. With another grid
 in the same W, --rerun does again what has changed.
 
 example
-  alignjax merge sweep --base sft --models a b --methods slerp linear ties
-    --t .3 .5 .7 --density .2 .5 --evaluation runs/x/evaluate/job.json
-    --workdir runs/sweep --evaluation.prompts=64
+  alignjax merge sweep --base sft --models a b --methods slerp ties --t .3 .7
+    --density .2 .5 --evaluation runs/x/evaluate/job.json --workdir runs/sweep
 """
 _INIT = 'init'
 # Fields of a merge that all points share, with what they are without a flag.
@@ -164,7 +162,7 @@ def _arguments(
         f'--{field} is missing; `alignjax merge sweep --help` says more'
       )
   keep = args.keep
-  if keep not in ('all', 'front') and not (keep.isdecimal() and int(keep)):
+  if keep not in ('all', 'front') and int(keep if keep.isdecimal() else 0) < 1:
     raise UserError(
       f"--keep is {keep!r}, expected a whole number from 1, 'front' or 'all'"
     )
@@ -221,8 +219,21 @@ def _grid(args: argparse.Namespace) -> list[Merge]:
     out = args.workdir / job / ('' if several else 'model')
     # A killed job may have left some results; the runner keeps the books.
     what = planning.plan(name, out=out, overwrite=True, **shared, **numbers)
+    for point in what.numbers:
+      _probe(name, len(args.models), extrapolate=shared['extrapolate'], **point)
     found.append(_merge(job, what, {'method': name, **shared, **numbers}))
   return found
+
+
+def _probe(name: str, count: int, **numbers: Any) -> None:
+  """Merges a few noisy items: UserError for numbers that exclude each other."""
+  import numpy as np
+
+  from alignjax.merge import memory
+
+  noise = np.random.default_rng(0).normal(size=(count + 1, 4, 4))
+  base, *models = ({'x': x.astype(np.float32)} for x in noise)
+  memory.merge(name, base=base, models=models, **numbers)
 
 
 def _merge(job: str, what: Any, config: dict[str, Any]) -> Merge:

@@ -232,6 +232,7 @@ def test_a_dry_run_writes_nothing(where, tmp_path, capsys):
     (['--evaluation', 'nowhere.json'], 'nowhere.json'),
     (['--evaluation.prompt=8'], "no field 'prompt'.*did you mean 'prompts'"),
     (['--evaluation.prompts=7'], 'prompts = 7: expected a multiple of batch'),
+    (['--weights', '1', '2'], 'linear takes t or weights, not both'),
     (['--keep', 'some'], "--keep is 'some', expected a whole number"),
     (['--where', 'x:t=0.5'], 'matches no leaf'),
     (['--workdir', 'another'], 'another is the workdir of another run'),
