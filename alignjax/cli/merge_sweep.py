@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     return console.OK
   args, overrides = _arguments(argv)
 
-  from alignjax.cli import run
+  from alignjax.cli import merge_sweep_show, run
   from alignjax.core import files
 
   run.check_workdir(args.workdir)
@@ -127,11 +127,11 @@ def main(argv: Sequence[str]) -> int:
   code = run.start(runner, settings, graph)
   if code != console.OK or runner.dry_run:
     return code
-  rows = _rows(points, args.workdir)
-  _prune(rows, args.keep)
+  rows = merge_sweep_show.rows(points, args.workdir)
+  merge_sweep_show.prune(rows, args.keep)
   text = json.dumps({'format': 1, 'points': rows}, indent=1)
   files.write(args.workdir / 'sweep.json', text + '\n')
-  print('\n'.join(_table(rows)))
+  print('\n'.join(merge_sweep_show.table(rows)))
   print(f'report: {args.workdir / "report.html"}')
   return console.OK
 
@@ -345,57 +345,3 @@ def _say(merges: Sequence[Merge]) -> None:
     print(f'{merge.job}: {len(merge.points)} point(s)')
     for point in merge.points:
       print(f'  {point.name}: {point.path}')
-
-
-def _rows(points: Sequence[Point], workdir: Path) -> list[dict[str, Any]]:
-  """The points as measured, the highest reward first."""
-  from alignjax.report import grid, read
-
-  evaluation = read.evaluation(workdir / 'evaluate' / 'evaluation.json')
-  models = {model['name']: model for model in evaluation['models']}
-  front = grid.pareto(evaluation['models'])
-  rows = [
-    {
-      **point._asdict(),
-      'reward': models[point.name]['reward'],
-      'kl': models[point.name]['kl'],
-      'front': point.name in front,
-    }
-    for point in points
-  ]
-  return sorted(rows, key=lambda row: -row['reward']['mean'])
-
-
-def _prune(rows: Sequence[dict[str, Any]], keep: str) -> None:
-  """Removes the models that are not to be kept; `kept` says which are."""
-  for place, row in enumerate(rows):
-    wanted = row['front'] if keep == 'front' else True
-    if keep.isdecimal():
-      wanted = place < int(keep)
-    path = Path(row['path'])
-    if not wanted and path.exists():
-      shutil.rmtree(path)
-    row['kept'] = path.exists()
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-  def said(value: Mapping[str, float], digits: int) -> str:
-    mean, low, high = (
-      f'{value[key] + 0.0:.{digits}f}' for key in ('mean', 'low', 'high')
-    )
-    return f'{mean} [{low}, {high}]'
-
-  cells = [('point', 'reward', 'KL, nats', 'front')] + [
-    (
-      row['name'],
-      said(row['reward'], 3),
-      said(row['kl'], 2),
-      'front' if row['front'] else '-',
-    )
-    for row in rows
-  ]
-  widths = [max(len(line[i]) for line in cells) for i in range(4)]
-  return [
-    '  '.join(f'{x:<{w}}' for x, w in zip(line, widths)).rstrip()
-    for line in cells
-  ]
