@@ -103,7 +103,7 @@ def _calibrate(config, workdir: Path) -> None:
     os.replace(workdir / PARTIAL, out)
   rewards = calibrated.read(str(workdir), facts['prompts'], len(rows))
   print(
-    f'{out}: {rewards.shape[1]} rewards of {origin} for each of '
+    f'{out}: {rewards.shape[1]} rewards of {found.path} for each of '
     f'{len(rows):,} prompts, mean {rewards.mean():.3f}'
   )
 

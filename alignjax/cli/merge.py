@@ -244,15 +244,16 @@ def _check(settings: Mapping[str, Any]) -> None:
     if not settings[field]:
       flag = 'METHOD' if field == 'method' else f'--{field}'
       raise UserError(f'{flag} is missing; `alignjax merge --help` says more')
-  for field in ('models', 'where'):
+  kinds = {'models': (str, dict), 'where': (str,)}  # a dict: a merge
+  for field, kind in kinds.items():
     value = settings[field]
-    if isinstance(value, str) or not all(isinstance(x, str) for x in value):
+    if isinstance(value, str) or not all(isinstance(x, kind) for x in value):
       raise UserError(f'{field} must be a list of strings, found {value!r}')
   for field in ('method', 'role', 'group', 'dtype'):
     if not isinstance(settings[field], str):
       raise UserError(f'{field} must be a string, found {settings[field]!r}')
-  for field in ('base', 'format'):
-    if not isinstance(settings[field], str | None):
+  for field, other in (('base', dict), ('format', str)):
+    if not isinstance(settings[field], str | other | None):
       raise UserError(f'{field} must be a string, found {settings[field]!r}')
 
 

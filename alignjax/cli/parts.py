@@ -5,6 +5,7 @@ recipe's positional parameters are built from the sections of the same names.
 Nothing below this file reads a config.
 """
 
+import functools
 import inspect
 import os
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from alignjax import step
 from alignjax.core import lookup, tree
 from alignjax.core.errors import UserError
 from alignjax.core.types import (
@@ -26,7 +26,8 @@ from alignjax.core.types import (
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 from alignjax.interop import open as files_of
 from alignjax.interop.opened import Opened
-from alignjax.models import decoder
+from alignjax.merge import deferred, inputs
+from alignjax.models import decoder, sharding
 from alignjax.models.config import FREE, Config, to_json
 from alignjax.policies import lm
 from alignjax.rewards import compose
@@ -58,16 +59,18 @@ def tokenizer(path: str) -> Tokenizer | ByteTokenizer:
 def model_config(config: ConfigDict, tokens: Any) -> Config:
   """The decoder of the `model` section; it must have room for all tokens.
 
-  The name 'start' means the shape of `start.policy`, a model in any format.
+  The name 'start' means the shape of `start.policy`, a model in any format or
+  a merge.
   """
   section = config.model
   if section['name'] == 'start':
     origin = config.start.get('policy') if 'start' in config else None
     if not origin:
       raise UserError(
-        "model.name is 'start', so start.policy must be a model directory"
+        "model.name is 'start', so start.policy must be a model directory or a"
+        ' merge of some'
       )
-    shape = files_of.open(origin).config
+    shape = opened_at(origin).config
   else:
     shape = lookup.build('models', section)
   if shape.vocab_size < tokens.size:
@@ -86,7 +89,8 @@ def teacher_config(config: ConfigDict, tokens: Any) -> Config:
 def guest_config(config: ConfigDict, role: str, tokens: Any) -> Config:
   """The decoder of a guest's section; the policy's where there is none.
 
-  A guest is a frozen role of any size, family and format, at `<role>.path`. Its
+  A guest is a frozen role of any size, family and format, at `<role>.path`,
+  which may also be a merge, such as the mean of several reward models. Its
   tokenizer, its own file or `<role>.tokenizer`, must be the run's: ids are
   shared. Rows of its embedding beyond the tokenizer are no tokens.
   """
@@ -94,18 +98,18 @@ def guest_config(config: ConfigDict, role: str, tokens: Any) -> Config:
   path = section.get('path')
   if not path:
     return model_config(config, tokens)
-  found = files_of.open(path, head=GUESTS[role])
+  found = opened_at(path, head=GUESTS[role])
   if found.config.vocab_size < tokens.size:
     raise UserError(
-      f'{role}.path: {path} has {found.config.vocab_size} ids, fewer than the '
-      f'{tokens.size} of the tokenizer'
+      f'{role}.path: {found.path} has {found.config.vocab_size} ids, fewer than'
+      f' the {tokens.size} of the tokenizer'
     )
   # A plan may stand in for a tokenizer that is not here.
   if isinstance(tokens, Tokenizer | ByteTokenizer):
     file = section.get('tokenizer') or found.tokenizer or ''
     if fingerprint(tokenizer(str(file))) != fingerprint(tokens):
       raise UserError(
-        f'{role}.path: {path} has another tokenizer '
+        f'{role}.path: {found.path} has another tokenizer '
         f'({file or "no file, so bytes"}) than the run '
         f'({tokens.path or "bytes"}), expected the same; for a model '
         f'without its tokenizer file set {role}.tokenizer'
@@ -134,7 +138,7 @@ def reward(config: ConfigDict, tokens: Any, source: Any) -> Reward:
 
 def with_diversity(reward: Reward, config: ConfigDict, tokens: Any) -> Reward:
   """`reward` and a last score, diversity, where `embedding.path` is a model."""
-  if 'embedding' not in _paths(config):
+  if 'embedding' not in guest_paths(config):
     return reward
   encoder = language_model(guest_config(config, 'embedding', tokens), tokens)
   return compose.beside(reward, diversity(encoder))
@@ -171,15 +175,50 @@ def recipe(
   )
 
 
-def load_params(found: Opened, what: Config) -> Params:
-  """Stacked parameters of an opened model."""
+def opened_at(
+  origin: Any,
+  *,
+  head: str | None = 'tied',
+  weights: Sequence[float] | None = None,
+) -> Opened:
+  """The model that a config names: a directory, or a merge of some.
+
+  A merge, `merge.deferred`, is a section (or its JSON) in place of the path.
+  """
+  if not deferred.is_spec(origin):
+    return files_of.open(origin, head=head, weights=weights)
+  if weights is not None:
+    raise UserError(
+      f'weights = {list(weights)} are for a conditioned model, not for a merge'
+    )
+  return deferred.opened(origin, head=head)
+
+
+def load_params(
+  found: Opened, what: Config, mesh: jax.sharding.Mesh | None = None
+) -> Params:
+  """Stacked parameters of an opened model.
+
+  With a mesh a merge is made there and stays there, a leaf at a time; a model
+  on disk is held by the host.
+  """
+  if mesh is not None and found.merge is not None:
+    layout = functools.partial(decoder.stacked, what)
+    return deferred.onto(found, layout, sharding.TABLE, mesh)
   return decoder.stacked(
     what, tree.nested({name: found.load(name) for name in found.leaves})
   )
 
 
 def digest(found: Opened) -> str:
-  """One name for the weights of an opened model, in any format."""
+  """One name for the weights of an opened model, in any format.
+
+  Of a merge it names its sources and how they are merged.
+  """
+  if found.merge is not None:
+    name = inputs.digest(found, 'policy', foreign=True)
+    assert name is not None
+    return name
   if found.weights:
     parts = model_dir.read(found.path)
     of = {role: model_dir.digest(parts, role) for role in parts.roles}
@@ -193,15 +232,20 @@ def digest(found: Opened) -> str:
 
 
 def opened(
-  path: str,
+  origin: Any,
   config: Config,
   what: str,
   *,
   head: str | None = 'tied',
   weights: Sequence[float] | None = None,
 ) -> Opened:
-  """A model on disk, which must be of `config`; `weights` mix a conditioned."""
-  found = files_of.open(path, head=head, weights=weights)
+  """`opened_at`, which must be of `config`; `weights` mix a conditioned."""
+  try:
+    found = opened_at(origin, head=head, weights=weights)
+  except UserError as error:
+    if not deferred.is_spec(origin):
+      raise
+    raise UserError(f'{what}: {error}') from error
   # How it is computed is free; what is computed is not.
   expected = to_json(config)
   differ = [
@@ -214,107 +258,11 @@ def opened(
   return found
 
 
-def check_start(config: ConfigDict, recipe: Recipe) -> None:
-  """UserError for a fixed role of which nobody said where it comes from.
-
-  Weights that are never trained and come from no file would be noise, and so
-  would be the head of one that starts as a copy of a role without it. '' says
-  that this is meant.
-  """
-  told = {*config.start, *_paths(config)}
-  for role, follow in recipe.follow.items():
-    if follow is not None or role in told:
-      continue
-    if GUESTS.get(role, 'tied') != 'tied':
-      raise UserError(
-        f'{role}.path: no model is named; expected one with a head of the kind '
-        f'{GUESTS[role]!r}'
-      )
-    raise UserError(
-      f'start.{role}: the recipe never trains this role, so say what it is: '
-      "a model's path, '@policy' for a copy of the start"
-    )
-  copies = {
-    role: origin
-    for role, origin in config.start.items()
-    if origin and origin.startswith('@') and origin[1:] in recipe.init
-  }
-  for role, head in step.headless(recipe, copies).items():
-    where = f'{role}.path' if role in GUESTS else f'start.{role}'
-    raise UserError(
-      f'start.{role} = {copies[role]!r}: that role has no {head}, and the '
-      f'recipe never trains {role}; expected {where} = the directory of a '
-      f'model whose head is of the kind {head.removesuffix("_head")!r}'
-    )
-
-
-def start(
-  config: ConfigDict, policy: Config, tokens: Any, recipe: Recipe
-) -> tuple[dict[str, Any], dict[str, str]]:
-  """(role -> parameters or '@role', role -> digest of what was read).
-
-  From the section `start` and those of guests: a role is of the policy's shape,
-  but one at `<role>.path` is of its own. The recipe may have no use for a
-  guest.
-  """
-  begin = {role: origin for role, origin in config.start.items() if origin}
-  guests = _paths(config)
-  for role, path in guests.items():
-    if role in begin:
-      raise UserError(
-        f'start.{role} = {begin[role]!r} and {role}.path = {path!r}: '
-        'expected one of them'
-      )
-    if role in recipe.init:
-      begin[role] = path
-  origins, digests = {}, {}
-  for role, origin in begin.items():
-    if origin.startswith('@'):
-      origins[role] = origin
-      continue
-    own = role in guests
-    shape = guest_config(config, role, tokens) if own else policy
-    what = f'{role}.path' if own else f'start.{role}'
-    if role not in recipe.init:
-      roles = sorted(recipe.init)
-      raise UserError(f'{what}: no role {role!r}; the recipe has {roles}')
-    found = _for_role(recipe, role, origin, shape, what)
-    origins[role] = load_params(found, shape)
-    digests[role] = digest(found)
-  return origins, digests
-
-
-def _for_role(
-  recipe: Recipe, role: str, path: str, shape: Config, what: str
-) -> Opened:
-  """The model that a role starts from.
-
-  A trained role with a head of its own may start from a net without one.
-  """
-  heads = step.own_head(recipe.init[role])
-  kind = next((name.removesuffix('_head') for name in heads), 'tied')
-  fixed = role in recipe.follow and recipe.follow[role] is None
-  if fixed or not heads:
-    return opened(path, shape, what, head=kind)
-  found = opened(path, shape, what, head=None)
-  for name in step.HEADS:
-    has = found.leaves.get(name)
-    if has is not None and (
-      name not in heads or has.shape != heads[name].shape
-    ):
-      expected = ', '.join(f'{n} {list(x.shape)}' for n, x in heads.items())
-      raise UserError(
-        f'{what}: {found.path} has {name} {list(has.shape)}, expected a '
-        f'language model or one with {expected}'
-      )
-  return found
-
-
 def guests(
   config: ConfigDict, tokens: Any, roles: Iterable[str]
 ) -> tuple[dict[str, Params], dict[str, str]]:
   """(parameters, digests) of roles that are models of their own."""
-  paths, params, digests = _paths(config), {}, {}
+  paths, params, digests = guest_paths(config), {}, {}
   for role in roles:
     if role not in paths:
       raise UserError(f'{role}.path: no model is named, and one is needed')
@@ -324,8 +272,8 @@ def guests(
   return params, digests
 
 
-def _paths(config: ConfigDict) -> dict[str, str]:
-  """Guest -> path, of those that have one."""
+def guest_paths(config: ConfigDict) -> dict[str, Any]:
+  """Guest -> path or merge, of those that have one."""
   found = {role: _guest(config, role).get('path') for role in GUESTS}
   return {role: path for role, path in found.items() if path}
 

@@ -97,7 +97,7 @@ def _teach(config: Any, out: Path, shard_rows: int) -> None:
   )
   found = parts.opened(config.teacher.path, shape, 'teacher.path')
   about = numbers | {'targets': kind, 'teacher': parts.digest(found)}
-  params = parts.load_params(found, shape)
+  params = parts.load_params(found, shape, mesh)
   places = meshes.shardings(params, sharding.TABLE, mesh)
   bundle = {'teacher': meshes.put(params, places)}
   policy = parts.language_model(shape, tokens).policy('teacher')

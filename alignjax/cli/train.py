@@ -94,7 +94,7 @@ def _claim(workdir: Path, config) -> None:
 def _train(config, workdir: Path, step: int | None) -> int:
   started = time.monotonic()
   from alignjax import train
-  from alignjax.cli import parts
+  from alignjax.cli import parts, starts
   from alignjax.core import lookup, tree
   from alignjax.models import sharding
   from alignjax.step import init_state
@@ -109,24 +109,22 @@ def _train(config, workdir: Path, step: int | None) -> int:
   )
   reward = parts.reward(config, tokens, source) if 'reward' in config else None
   recipe = parts.recipe(config, model, tokens, reward)
-  parts.check_start(config, recipe)
+  starts.check(config, recipe)
   schedule = train.Schedule(
     **{name: config[name] for name in train.Schedule._fields if name in config}
   )
   tx = lookup.build('system', config.optimizer, schedule.steps * recipe.updates)
   meshes.check_rows(mesh, config.batch_size, schedule.microbatches)
-  origins, digests = parts.start(config, shape, tokens, recipe)
+  origins = starts.origins(config, shape, tokens, recipe)
+  begun = starts.facts(origins)
 
-  if step is None:
-    workdir.mkdir(parents=True, exist_ok=True)
-  elif not (workdir / 'metrics.jsonl').exists():
-    raise UserError(f'--replay: no run at {workdir}')
-  parts.compilation_cache(workdir)
-  _check_start(workdir / 'start.json', digests)
-  if step is None:
-    _note(workdir, config, digests)
+  _enter(workdir, config, begun, step)
+  # No name holds what roles begin with: it is freed once the state is there.
   state = init_state(
-    recipe, tx, schedule.seed, start=origins, mesh=mesh, table=sharding.TABLE
+    *(recipe, tx, schedule.seed),
+    start=starts.load(starts.resumed(origins, recipe, workdir), mesh),
+    mesh=mesh,
+    table=sharding.TABLE,
   )
   if step is not None:
     return _replay(
@@ -149,8 +147,22 @@ def _train(config, workdir: Path, step: int | None) -> int:
     done = f'{int(state.step)} of {schedule.steps}'
     _say(workdir, f'saved at step {done}; the same command continues')
     return console.INTERRUPTED
-  _export(config, workdir, recipe, state, shape, digests.get('policy'))
+  _export(config, workdir, recipe, state, shape, begun.get('policy'))
   return console.OK
+
+
+def _enter(workdir: Path, config, begun, step: int | None) -> None:
+  """Notes a run where it begins, or finds it as it began; `step` replays."""
+  from alignjax.cli import parts
+
+  if step is None:
+    workdir.mkdir(parents=True, exist_ok=True)
+  elif not (workdir / 'metrics.jsonl').exists():
+    raise UserError(f'--replay: no run at {workdir}')
+  parts.compilation_cache(workdir)
+  _check_start(workdir / 'start.json', begun)
+  if step is None:
+    _note(workdir, config, begun)
 
 
 def _replay(*run, workdir: Path, **options) -> int:
@@ -170,7 +182,7 @@ def _replay(*run, workdir: Path, **options) -> int:
 
 
 def _export(config, workdir: Path, recipe, state, shape, init) -> None:
-  """One model directory for each role that moved; `init` is a digest."""
+  """One model directory for each role that moved; `init` is what began."""
   from alignjax.models import decoder
   from alignjax.models.config import to_json
   from alignjax.policies import conditioned
@@ -182,7 +194,7 @@ def _export(config, workdir: Path, recipe, state, shape, init) -> None:
     'seed': config.seed,
   }
   if init is not None:
-    provenance['init'] = {'checksum': init}
+    provenance['init'] = init
   for role, params in {**state.params, **state.frozen}.items():
     if role in recipe.follow and recipe.follow[role] is None:
       continue
@@ -236,25 +248,34 @@ def _say(workdir: Path, text: str) -> None:
     print(f'{workdir.name}: {text}', file=sys.stderr, flush=True)
 
 
-def _check_start(file: Path, digests: dict[str, str]) -> None:
+def _check_start(file: Path, begun: dict[str, dict[str, Any]]) -> None:
   """Roles read from a path must still be what they were at the beginning."""
   if file.exists():
     old = json.loads(file.read_text('utf-8'))
-    for role, digest in digests.items():
-      if old.get(role) != digest:
+    for role, facts in begun.items():
+      if _checksum(old.get(role)) != facts['checksum']:
         raise UserError(
           f'start.{role}: the weights have changed since this run began; '
           'use a new --workdir'
         )
 
 
-def _note(workdir: Path, config, digests: dict[str, str]) -> None:
+def _checksum(told: Any) -> Any:
+  """Of a role in start.json: what is merged tells its sources as well."""
+  return told['checksum'] if isinstance(told, dict) else told
+
+
+def _note(workdir: Path, config, begun: dict[str, dict[str, Any]]) -> None:
   """What this run is, by the process that writes what is written once."""
   from alignjax.system import hosts
 
   if not hosts.first():
     return
-  start = json.dumps(digests, indent=2, sort_keys=True)
+  told = {
+    role: facts if 'merge' in facts else facts['checksum']
+    for role, facts in begun.items()
+  }
+  start = json.dumps(told, indent=2, sort_keys=True)
   files.write(workdir / 'start.json', start)
   files.write(workdir / 'config.json', configs.to_json(config))
   environment = json.dumps(_environment(), indent=2)

@@ -38,6 +38,8 @@ class Opened(NamedTuple):
     load_extra: foreign name -> that tensor.
     weights: what a conditioned model is mixed by, () for others.
     head: what is on top, as ModelDir has it.
+    merge: of what the leaves are merged as they are read (`merge.made.Merge`);
+      None for a model that is on disk itself. `path` then only names it.
   """
 
   path: epath.Path
@@ -54,3 +56,4 @@ class Opened(NamedTuple):
   load_extra: Callable[[str], np.ndarray]
   weights: tuple[float, ...] = ()
   head: str = 'tied'
+  merge: Any = None

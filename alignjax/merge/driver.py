@@ -24,8 +24,7 @@ from etils import epath
 from alignjax.core.errors import UserError
 from alignjax.core.journal import Put
 from alignjax.interop import convert
-from alignjax.interop.opened import Opened
-from alignjax.merge import arrays, blocks, inputs, method, rules
+from alignjax.merge import arrays, blocks, inputs, made, method, rules
 from alignjax.merge.planning import Plan
 
 Step = Callable[[str], None]  # told 'what happened' after each leaf
@@ -218,21 +217,12 @@ def _same(what: Plan, name: str) -> np.ndarray:
 def _provenance(
   what: Plan, numbers: Mapping[str, Any], totals: Mapping[str, Any]
 ) -> dict[str, Any]:
-  def source(model: Opened) -> dict[str, Any]:
-    path = str(model.path)
-    known = what.digests.get(path)
-    return {'path': path} | ({'digest': known} if known else {})
-
-  merged: dict[str, Any] = {
-    'method': what.method.name,
-    'numbers': dict(numbers),
-    'group': what.group,
-    'where': [rule.text for rule in what.rules],
-    'role': what.role,
-    **what.options,
-    'base': source(what.base),
-    'models': [source(model) for model in what.models],
-  }
+  one = made.Merge(
+    *(what.method, what.base, what.models, what.role, what.group, what.rules),
+    numbers=dict(numbers),
+    options=what.options,
+  )
+  merged = made.record(one, lambda model: what.digests.get(str(model.path)))
   if what.method.report is not None:
     for key, total in totals.items():
       for name, value in what.method.report(total).items():
@@ -244,7 +234,7 @@ def _task(what: Plan, record: Mapping[str, Any]) -> str:
   """Names a result: the same merge of inputs whose files are the same."""
   files = [
     (str(file), stat.length, stat.mtime)
-    for model in (what.base, *what.models)
+    for model in made.on_disk((what.base, *what.models))
     for file in sorted(model.path.iterdir())
     if not file.is_dir() and (stat := file.stat())
   ]

@@ -22,7 +22,7 @@ from alignjax.interop import hf_names
 from alignjax.interop.open import absolute
 from alignjax.interop.open import open as open_model
 from alignjax.interop.opened import Opened
-from alignjax.merge import blocks
+from alignjax.merge import blocks, made
 from alignjax.system import leaf_files, model_dir
 
 HELD_BYTES = 64 * 2**20  # a larger leaf lies in a file while it is used
@@ -39,9 +39,11 @@ _INPUT_AXES = (
 
 
 def opened(
-  paths: Sequence[epath.PathLike], role: str, *, pad: bool = False
+  paths: Sequence[Any], role: str, *, pad: bool = False
 ) -> list[Opened]:
   """The models, once they can be merged. Raises UserError, listing all.
+
+  Paths of directories, or models that are opened already.
 
   With `pad`, tables may differ in rows: what the base has not is cut off, what
   a model lacks is the base's.
@@ -57,6 +59,21 @@ def opened(
     pad=pad,
   )
   _check_tokenizers(models)
+  return models
+
+
+def fitting(
+  paths: Sequence[Any], role: str, *, dtype: str, pad: bool = False
+) -> list[Opened]:
+  """`opened`, once their dtypes are alike or `dtype` is not 'keep'."""
+  models = opened(paths, role, pad=pad)
+  wrong = mixed_dtypes(models)
+  if wrong and dtype == 'keep':
+    more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
+    raise UserError(
+      f'merge of models of different dtypes: {"; ".join(wrong[:5])}{more};'
+      ' say with --dtype which the result has'
+    )
   return models
 
 
@@ -194,9 +211,11 @@ def on_file(x: np.ndarray) -> bool:
 def digest(model: Opened, role: str, foreign: bool = False) -> str | None:
   """One name for a model's weights, the same in every format.
 
-  Ours have it written down. For others, if `foreign`, every leaf is read;
-  otherwise None.
+  Ours have it written down, that of a merge follows from its sources'. For
+  others, if `foreign`, every leaf is read; otherwise None.
   """
+  if model.merge is not None:
+    return made.digest(record(model.merge, foreign))
   if model.format == 'alignjax':
     return model_dir.digest(model_dir.read(model.path), role)
   if not foreign:
@@ -210,19 +229,27 @@ def digest(model: Opened, role: str, foreign: bool = False) -> str | None:
   )
 
 
+def record(what: made.Merge, foreign: bool = False) -> dict[str, Any]:
+  """`made.record` with the digests that there are; see `digest`."""
+  return made.record(what, lambda m: digest(m, what.role, foreign))
+
+
 def check_bases(
   base: Opened, models: Sequence[Opened], expected: str | None
 ) -> None:
   """Models that say what they were trained from must say: from this base.
 
-  `expected` is the digest of the base.
+  `expected` is the digest of the base. A base that was written by a merge is
+  also what began as that merge, made where it was used.
   """
   if expected is None:
     return
+  said = base.provenance.get('merge')
+  same = {expected, made.digest(said) if isinstance(said, dict) else None}
   for model in models:
     init: Mapping[str, Any] | None = model.provenance.get('init')
     found = init.get('checksum') if isinstance(init, dict) else None
-    if found is not None and found != expected:
+    if found is not None and found not in same:
       raise UserError(
         f'merge of models with different bases: {model.path} was trained from'
         f' weights with digest {str(found)[:12]}, the base {base.path} has'
@@ -230,7 +257,9 @@ def check_bases(
       )
 
 
-def _opened(path: epath.PathLike, role: str) -> Opened:
+def _opened(path: Any, role: str) -> Opened:
+  if isinstance(path, Opened):
+    return path
   where = absolute(path)
   ours = (where / 'model.json').exists()
   if ours and model_dir.read(where).view == 'conditioned':

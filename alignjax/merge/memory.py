@@ -62,8 +62,8 @@ def merge(
   layers = rules.depth(first)
   near = all(map(_near, (x for of in (first, *others) for x in of.values())))
   near &= all(map(arrays.known, jax.tree.leaves(numbers)))
-  total_of = _near_total if near else _far_total
-  leaf_of = _near_leaf if near else _far_leaf
+  total_of = near_total if near else far_total
+  leaf_of = near_leaf if near else far_leaf
   leaves = {leaf: tuple(o[leaf] for o in others) for leaf in first}
   totals: dict[str, Any] = {}
   if how.grouped:
@@ -98,17 +98,25 @@ def _near(x: Any) -> bool:
   return [device.platform for device in x.devices()] == ['cpu']
 
 
-def _near_total(how: Method, name: str, base: Any, models: Any) -> Any:
+def near_total(how: Method, name: str, base: Any, models: Any) -> Any:
+  """What a leaf adds to the total of its group, by NumPy."""
   return blocks.total(how, 0, _leaf(how, name, base, models), None)
 
 
-def _near_leaf(
-  how: Method, name: str, base: Any, models: Any, numbers: Any, total: Any
+def near_leaf(
+  how: Method,
+  name: str,
+  base: Any,
+  models: Any,
+  numbers: Any,
+  total: Any,
+  dtype: Any = None,
 ) -> Any:
-  """A leaf merged as the driver does it."""
+  """A leaf merged as the driver does it; `dtype` is the base's by default."""
   one = _leaf(how, name, base, models)
   setting = blocks.settled(how, one, numbers, total)
-  out = np.empty((one.rows, one.columns), np.asarray(base).dtype)
+  kind = np.asarray(base).dtype if dtype is None else dtype
+  out = np.empty((one.rows, one.columns), kind)
   for start, stop in one.blocks():
     (x,) = blocks.merged(how, one, [setting], (start, stop), [out.dtype])
     out[start:stop] = x
@@ -118,15 +126,22 @@ def _near_leaf(
   return jnp.asarray(out) if isinstance(base, jax.Array) else out
 
 
-def _far_total(how: Method, name: str, base: Any, models: Any) -> Any:
+def far_total(how: Method, name: str, base: Any, models: Any) -> Any:
+  """What a leaf adds to the total of its group, where the leaf is."""
   first, *others = _wide(how, name, base, models)
   return how.passes[0].measure(first, tuple(others), None)
 
 
-def _far_leaf(
-  how: Method, name: str, base: Any, models: Any, numbers: Any, total: Any
+def far_leaf(
+  how: Method,
+  name: str,
+  base: Any,
+  models: Any,
+  numbers: Any,
+  total: Any,
+  dtype: Any = None,
 ) -> Any:
-  """A whole leaf merged where it is."""
+  """A whole leaf merged where it is; `dtype` is the base's by default."""
   first, *others = _wide(how, name, base, models)
   given, stats = dict(numbers), None
   if how.prepare is not None:
@@ -143,7 +158,7 @@ def _far_leaf(
   out = method.combine(how, first, others, stats, given, name=name, index=index)
   if how.by_rows:
     out = inputs.stored_again(name, out, base.shape)
-  return out.reshape(base.shape).astype(base.dtype)
+  return out.reshape(base.shape).astype(base.dtype if dtype is None else dtype)
 
 
 def _leaf(

@@ -106,6 +106,14 @@ def method(name: str) -> Method:
   return found._replace(name=name)
 
 
+def checked(name: str, base: Any, group: str) -> Method:
+  """`method`, once it has a base if it needs one and the group is one."""
+  how, _ = method(name), group_of('', group)
+  if base is None and how.uses_base:
+    raise UserError(f'{name} needs --base, from which the task vectors are')
+  return how
+
+
 def check_numbers(
   how: Method, numbers: Mapping[str, Any], models: int, extrapolate: bool
 ) -> None:

@@ -17,7 +17,7 @@ from alignjax.core.errors import UserError
 from alignjax.interop import convert
 from alignjax.interop.open import absolute
 from alignjax.interop.opened import Opened
-from alignjax.merge import blocks, inputs, method, rules
+from alignjax.merge import blocks, deferred, inputs, made, method, rules
 from alignjax.merge.method import Method
 from alignjax.system import leaf_files, model_dir
 
@@ -76,7 +76,9 @@ class Plan(NamedTuple):
     window = blocks.ITEMS * 4 * blocks.WAITING
     total = window * (3 * len(self.read) + 4 * len(self.outputs))
     for model in self.read:
-      if model.format == 'alignjax':
+      if model.merge is not None:  # made in memory, a leaf of all at once
+        total += (1 + len(made.on_disk([model]))) * largest
+      elif model.format == 'alignjax':
         total += held
       elif model.format == 'deepmind':
         total += largest
@@ -98,15 +100,17 @@ class Plan(NamedTuple):
   def read_bytes(self) -> int:
     """What is read from all inputs, in all passes."""
     return self.passes * sum(
-      convert.size(spec) for m in self.read for spec in m.leaves.values()
+      convert.size(spec)
+      for m in made.on_disk(self.read)
+      for spec in m.leaves.values()
     )
 
 
 def plan(
   name: str,
   *,
-  base: epath.PathLike | None,
-  models: Sequence[epath.PathLike],
+  base: Any,
+  models: Sequence[Any],
   out: epath.PathLike,
   role: str = 'policy',
   group: str = 'layer',
@@ -126,7 +130,8 @@ def plan(
     name: of the method.
     base: gives dtypes, config, tokenizer and files, and is where task vectors
       begin; the first model for methods without those.
-    models: model directories of any format.
+    models: model directories of any format; each, as the base, may be a merge
+      that is not written, see `deferred`.
     out: the result's; of lists of numbers the folder of `t_0.50`, `t_0.70`.
     role: which params to merge; beside it the result has `extra` of the base.
     group: layer, tensor or all.
@@ -140,21 +145,17 @@ def plan(
     checksums: inputs of foreign formats are read once more for their digests.
     **numbers: of the method; lists give a result per combination.
   """
-  options = {'dtype': dtype, 'pad': pad, 'extrapolate': extrapolate}
-  options['checksums'] = checksums
-  how, wanted = _how(name, base, group), _outputs(out, numbers)
+  options = dict(
+    dtype=dtype, pad=pad, extrapolate=extrapolate, checksums=checksums
+  )
+  how, wanted = method.checked(name, base, group), _outputs(out, numbers)
   numbers_of = tuple(wanted.values())
   given = rules.parsed(where, how, numbers_of, len(models), extrapolate)
-  first, *others = _inputs((base or models[0], *models), role, options)
+  found = deferred.given((base or models[0], *models))
+  first, *others = inputs.fitting(found, role, pad=pad, dtype=dtype)
   rules.check(given, first.leaves)
   return Plan(
-    method=how,
-    base=first,
-    models=tuple(others),
-    role=role,
-    group=group,
-    rules=given,
-    numbers=numbers_of,
+    *(how, first, tuple(others), role, group, given, numbers_of),
     outputs=_written(
       wanted, (first, *others), role, format, dtype=dtype, overwrite=overwrite
     ),
@@ -162,28 +163,6 @@ def plan(
     options=options,
     digests=_digests(first, others, role, checksums, allow_different_bases),
   )
-
-
-def _how(name: str, base: epath.PathLike | None, group: str) -> Method:
-  how, _ = method.method(name), method.group_of('', group)
-  if base is None and how.uses_base:
-    raise UserError(f'{name} needs --base, from which the task vectors are')
-  return how
-
-
-def _inputs(
-  paths: Sequence[epath.PathLike], role: str, options: Mapping[str, Any]
-) -> list[Opened]:
-  """Base and models, once they fit each other."""
-  first, *others = inputs.opened(paths, role, pad=options['pad'])
-  wrong = inputs.mixed_dtypes((first, *others))
-  if wrong and options['dtype'] == 'keep':
-    more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
-    raise UserError(
-      f'merge of models of different dtypes: {"; ".join(wrong[:5])}{more};'
-      ' say with --dtype which the result has'
-    )
-  return [first, *others]
 
 
 def _digests(
@@ -196,7 +175,7 @@ def _digests(
   """Path -> digest of the inputs that have one, once they have one base."""
   found = {
     str(model.path): digest
-    for model in (base, *models)
+    for model in made.within((base, *models))
     if (digest := inputs.digest(model, role, checksums)) is not None
   }
   if not allow_different_bases:
@@ -231,7 +210,21 @@ def recorded(path: epath.PathLike) -> dict[str, Any]:
   said = model.provenance.get('merge')
   if not isinstance(said, dict):
     raise UserError(f'{path} does not say that it was merged, so not from what')
+  _check_sources(said)
+  kept = 'group where role dtype pad extrapolate checksums'.split()
+  return {
+    **made.spec(said),
+    'format': model.format,
+    **{name: said[name] for name in kept},
+  }
+
+
+def _check_sources(said: Mapping[str, Any]) -> None:
+  """Raises UserError unless the sources of a record are what they were."""
   for source in (said['base'], *said['models']):
+    if 'merge' in source:
+      _check_sources(source['merge'])
+      continue
     expected = source.get('digest')
     if expected is None:
       continue
@@ -242,15 +235,6 @@ def recorded(path: epath.PathLike) -> dict[str, Any]:
         f'{source["path"]} has other weights (digest {str(found)[:12]}) than'
         f' those that were merged ({expected[:12]})'
       )
-  kept = 'group where role dtype pad extrapolate checksums'.split()
-  return {
-    'method': said['method'],
-    'base': said['base']['path'],
-    'models': [source['path'] for source in said['models']],
-    'format': model.format,
-    **{name: said[name] for name in kept},
-    **said['numbers'],
-  }
 
 
 def _told(base: Opened, role: str) -> Opened:
@@ -265,7 +249,7 @@ def _told(base: Opened, role: str) -> Opened:
 def check_apart(path: epath.PathLike, models: Sequence[Opened]) -> None:
   """Raises UserError if a result would lie inside an input, or over it."""
   result = os.path.realpath(path)
-  for model in models:
+  for model in made.on_disk(models):
     given = os.path.realpath(model.path)
     if '://' in str(path) or os.path.commonpath([result, given]) != given:
       continue

@@ -78,17 +78,21 @@ def abstract_mesh(axes: Mapping[str, int], devices: int) -> AbstractMesh:
 def state(
   recipe: Recipe,
   tx: optax.GradientTransformation,
-  start: Mapping[str, str],
+  start: Mapping[str, Any],
   mesh: Any,
   table: meshes.Table,
 ) -> TrainState:
   """The state before the first step, as shapes with shardings.
 
-  `start` keeps only its '@role' entries: what a path holds has the shapes of
-  the recipe's own initialiser. Raises UserError, naming leaf and axis, where
-  the mesh does not divide a dimension.
+  `start` keeps only its '@role' entries: what a path holds, or a merge gives,
+  has the shapes of the recipe's own initialiser. Raises UserError, naming leaf
+  and axis, where the mesh does not divide a dimension.
   """
-  copies = {k: v for k, v in start.items() if v and v.startswith('@')}
+  copies = {
+    role: origin
+    for role, origin in start.items()
+    if isinstance(origin, str) and origin.startswith('@')
+  }
   return init_state(
     recipe, tx, 0, start=copies, mesh=mesh, table=table, abstract=True
   )

@@ -126,9 +126,14 @@ def _spread(spec: placement.Spec, shape, mesh: Mesh) -> placement.Spec:
 
 
 def put(pytree: Any, places: Any) -> Any:
-  """Arrays that every host holds, each device with its own part only."""
+  """Arrays that every host holds, each device with its own part only.
+
+  What lies where it should already stays there.
+  """
 
   def leaf(x, place):
+    if isinstance(x, jax.Array) and x.sharding == place:
+      return x
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, place, x.__getitem__)
 

@@ -10,7 +10,7 @@ import pytest
 
 import alignjax as aj
 from alignjax.cli import config as configs
-from alignjax.cli import parts
+from alignjax.cli import parts, starts
 from alignjax.cloud import jobs
 from alignjax.core import lookup, tree
 from alignjax.data.tokenizer import ByteTokenizer
@@ -69,7 +69,7 @@ def test_every_run_is_a_recipe_with_its_roles(name, variant):
     assert set(c.recipe) == set(lookup.defaults('recipes', c.recipe.name))
     recipe = parts.recipe(c, tiny.model(), ByteTokenizer())
     assert set(c.start) <= set(recipe.init), job.name
-    parts.check_start(c, recipe)
+    starts.check(c, recipe)
     lookup.build('system', c.optimizer, c.steps)
 
 

@@ -165,7 +165,7 @@ def test_a_copy_of_the_policy_is_no_reward_model(where, tmp_path):
 
 def started(where, folder, **changes):
   """PPO's state before the first step, where `start.value` is a folder."""
-  from alignjax.cli import parts
+  from alignjax.cli import starts
   from alignjax.step import init_state
   from alignjax.system.optimizer import optimizer
 
@@ -179,9 +179,10 @@ def started(where, folder, **changes):
   recipe = recipe._replace(follow=recipe.follow | changes)
   begin = {'policy': str(where / 'policy'), 'reference': '@policy'}
   config = ConfigDict({'start': begin | {'value': str(where / folder)}})
-  origins, digests = parts.start(config, shape, tokens, recipe)
-  assert set(digests) == {'policy', 'value'}
-  return init_state(recipe, optimizer(1), 0, start=origins).params['value']
+  origins = starts.origins(config, shape, tokens, recipe)
+  assert set(starts.facts(origins)) == {'policy', 'value'}
+  start = starts.load(origins)
+  return init_state(recipe, optimizer(1), 0, start=start).params['value']
 
 
 def test_a_value_role_starts_from_a_folder_with_or_without_its_head(where):
