@@ -252,5 +252,7 @@ def _flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, str]:
     if isinstance(value, dict) and value:
       flat |= _flat(value, f'{prefix}{key}.')
     else:
-      flat[f'{prefix}{key}'] = json.dumps(value, ensure_ascii=False)
+      # Sections in a list: the order of their fields means nothing.
+      text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+      flat[f'{prefix}{key}'] = text
   return flat
