@@ -28,6 +28,7 @@ def single(
   c.tokenizer = ''
   c.mesh = ConfigDict({'data': -1})
   c.model = ConfigDict({'name': 'start'})  # the shape of start.policy
+  # A model's path, or a merge of some: {'method': 'slerp', 'base': ...}.
   c.start = ConfigDict({'policy': ''})
   c.recipe = recipe
   c.optimizer = defaults('system', 'optimizer', lr=lr, warmup_steps=10)
@@ -84,13 +85,25 @@ def train(
   return Job(name, 'train', numbers | changes, tuple(needs))
 
 
-def model(name: str, kind: str, path: str, **more: Any) -> dict[str, Any]:
+def merged(
+  method: str, base: Any, models: Sequence[Any], **numbers: Any
+) -> dict[str, Any]:
+  """A merge that stands for a model's path: made where it is used.
+
+  The fields of a `merge` job, but for where it is written. Base and models are
+  paths, or such merges again.
+  """
+  return dict(method=method, base=base, models=list(models)) | numbers
+
+
+def model(name: str, kind: str, path: Any, **more: Any) -> dict[str, Any]:
   """A model of an evaluation; '@job' needs a path inside, or means its model.
 
+  path: or what `merged` gives.
   more: `liti_rate`, and `series`, which of several LITI paths, or of other
   kinds the arm: models of one arm look alike in the report.
   """
-  if path.startswith('@') and '/' not in path:
+  if isinstance(path, str) and path.startswith('@') and '/' not in path:
     path += '/model'
   return dict(name=name, kind=kind, path=path) | more
 

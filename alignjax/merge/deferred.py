@@ -214,7 +214,8 @@ def reader(
       read = _stored(model, put)
     else:
       what = model.merge
-      parts = [reader(m, put, known) for m in (what.base, *what.models)]
+      first = what.base if what.method.uses_base else what.models[0]
+      parts = [reader(m, put, known) for m in (first, *what.models)]
       merged = _far if put else _near
       read = functools.partial(_leaf, what, model.leaves, parts, merged(), {})
     known[id(model)] = _last(read)

@@ -10,6 +10,13 @@ next round's init. Fronts walk from the first init, the SFT model, towards the
 merge of every round, and in round 1 towards the merges of 1, 2, ... M runs. Of
 round 1 the report also draws the angles and norms of the task vectors.
 
+On disk are the runs and the merge of every round, round_3_slerp/model at last;
+with graph.write_rounds=False that of the last round alone. All other merges,
+the inits of the rounds and the points of the fronts, are made where they are
+used, on the devices of the run that begins there. A point to keep is one
+command: alignjax merge liti --base MODEL --models runs/warp/round_3_slerp/model
+--liti_rate 0.3 --out O.
+
 Expected: every front lies above the straight line between its ends; fronts
 rise from round to round, with diminishing returns, and with M. kl_coef,
 ema_rate, temperature and liti_rate are the paper's, and so is the ratio of the
@@ -20,6 +27,9 @@ half an hour on two cores with the model of the quickstart; `:tiny` is the same
 path in minutes and shows no paper's curve. `alignjax train` with the same
 config is one run of it.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -42,14 +52,13 @@ def get_config(variant: str = '') -> ConfigDict:
     steps=(6, 4) if tiny else (90, 70, 50),  # of each round
     liti_rate=0.3,  # towards the next round's init
     rates=(0.3, 0.6) if tiny else (0.1, 0.3, 0.5, 0.8),  # of the fronts
+    write_rounds=True,  # a model directory of every round's merge
   )
 
 
 def jobs(c: ConfigDict):
   """The graph: what each command reads and writes."""
-  start = c.start.policy
-  init, above = start, ()
-  fronts, front_jobs = [], []
+  init, fronts, above = c.start.policy, [], ()
   for i, steps in enumerate(c.graph.steps, start=1):
     runs = [f'round_{i}_run_{m}' for m in range(1, c.graph.runs + 1)]
     for m, name in enumerate(runs, start=1):
@@ -61,85 +70,58 @@ def jobs(c: ConfigDict):
         start={'policy': init},
         needs=above,
       )
-    slerp = f'round_{i}_slerp'
-    yield merge('slerp', slerp, init, runs, needs=(*above, *runs))
-    yield front(c, i, slerp)
-    fronts += path(c, slerp, f'front_{i}', f'round {i}')
-    front_jobs += [slerp, f'front_{i}']
+    above = (*above, *runs)
+    slerp = base.merged('slerp', init, outputs(runs))
+    if c.graph.write_rounds or i == len(c.graph.steps):
+      name = f'round_{i}_slerp'
+      yield Job(name, 'merge', slerp, above)
+      slerp, above = f'@{name}/model', (*above, name)
+    fronts += path(c, slerp, f'round {i}')
     if i == 1:
-      yield geometry(init, runs)
-      yield from subsets(c, runs)
-    if i < len(c.graph.steps):
-      following = f'round_{i + 1}_init'
-      yield merge(
-        *('liti', following, init, [slerp]),
-        liti_rate=c.graph.liti_rate,
-        needs=(*above, slerp),
+      yield Job(
+        'geometry',  # the paper's figures 3 and 15
+        'inspect',
+        {'base': init, 'models': outputs(runs)},
+        tuple(runs),
       )
-      init, above = f'@{following}/model', (following,)
-  yield base.evaluate(c, fronts, name='evaluate_rounds', needs=front_jobs)
+      yield subsets(c, runs, slerp, above)
+    init = base.merged('liti', init, [slerp], liti_rate=c.graph.liti_rate)
+  yield base.evaluate(c, fronts, name='evaluate_rounds', needs=above)
   yield base.report('evaluate_rounds', 'evaluate_runs', 'geometry')
 
 
-def subsets(c: ConfigDict, runs: list[str]):
+def outputs(runs: Sequence[str]) -> list[str]:
+  """The models that these jobs write."""
+  return [f'@{run}/model' for run in runs]
+
+
+def subsets(c: ConfigDict, runs: Sequence[str], slerp: Any, needs) -> Job:
   """Round 1 by the number of runs that are merged, against LERP of all."""
+  init, trained = c.start.policy, outputs(runs)
   models = [
-    base.model(f'run {m}', 'run', f'@{name}')
-    for m, name in enumerate(runs, start=1)
+    base.model(f'run {m}', 'run', run) for m, run in enumerate(trained, start=1)
   ]
-  yield merge('linear', 'lerp', c.start.policy, runs, needs=runs)
-  models.append(base.model('lerp', 'lerp', '@lerp'))
-  needs = [*runs, 'lerp']
+  lerp = base.merged('linear', init, trained)
+  models.append(base.model('lerp', 'lerp', lerp))
   for count in range(1, len(runs)):
-    merged = runs[0]
-    if count > 1:
-      merged = f'slerp_of_{count}'
-      some = runs[:count]
-      yield merge('slerp', merged, c.start.policy, some, needs=some)
-    name = f'of_{count}'
-    yield front(c, name, merged)
-    models += path(c, merged, f'front_{name}', f'M = {count}')
-    needs += [merged, f'front_{name}']
-  last = 'round_1_slerp'
-  models += path(c, last, 'front_1', f'M = {len(runs)}')
-  needs += [last, 'front_1']
-  yield base.evaluate(c, models, name='evaluate_runs', needs=needs)
+    some = base.merged('slerp', init, trained[:count])
+    end = some if count > 1 else trained[0]
+    models += path(c, end, f'M = {count}', alone=count == 1)
+  models += path(c, slerp, f'M = {len(runs)}')
+  return base.evaluate(c, models, name='evaluate_runs', needs=needs)
 
 
-def geometry(init, models) -> Job:
-  """How the task vectors from `init` lie (the paper's figures 3 and 15)."""
-  merged = [f'@{model}/model' for model in models]
-  fields = {'base': init, 'models': merged}
-  return Job('geometry', 'inspect', fields, tuple(models))
+def path(c: ConfigDict, end: Any, series: str, *, alone: bool = False):
+  """A front from the first init, the SFT model, and its end, as models.
 
-
-def merge(method, name, init, models, *, needs, **numbers) -> Job:
-  """Task vectors are those from `init`."""
-  merged = [f'@{model}/model' for model in models]
-  fields = {'method': method, 'base': init, 'models': merged}
-  return Job(name, 'merge', fields | numbers, tuple(needs))
-
-
-def front(c: ConfigDict, name, merged: str) -> Job:
-  """From the first init, the SFT model, towards `merged`."""
-  return merge(
-    *('liti', f'front_{name}', c.start.policy, [merged]),
-    liti_rate=list(c.graph.rates),
-    needs=(merged,),
-  )
-
-
-def path(c: ConfigDict, merged: str, job: str, series: str):
-  """The models of a front and its end, as an evaluation names them."""
+  alone: the end is a run, of which nothing is merged.
+  """
   for rate in c.graph.rates:
+    point = base.merged('liti', c.start.policy, [end], liti_rate=rate)
     yield base.model(
-      *(f'{series}, {rate:g}', 'liti', f'@{job}/liti_{rate:.2f}'),
-      liti_rate=rate,
-      series=series,
+      f'{series}, {rate:g}', 'liti', point, liti_rate=rate, series=series
     )
-  if '_run_' in merged:  # of one run nothing is merged
-    yield base.model(
-      *(f'{series}, 1', 'liti', f'@{merged}'), liti_rate=1.0, series=series
-    )
+  if alone:
+    yield base.model(f'{series}, 1', 'liti', end, liti_rate=1.0, series=series)
   else:
-    yield base.model(series, 'slerp', f'@{merged}', series=series)
+    yield base.model(series, 'slerp', end, series=series)

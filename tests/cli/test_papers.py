@@ -14,6 +14,7 @@ from alignjax.cli import parts, starts
 from alignjax.cloud import jobs
 from alignjax.core import lookup, tree
 from alignjax.data.tokenizer import ByteTokenizer
+from alignjax.merge import deferred, inputs
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.system import model_dir
@@ -130,24 +131,45 @@ def test_warp_starts_every_round_anew():
   runs = {n: j.config for n, j in graph.items() if j.verb == 'train'}
   assert len(runs) == 9
   assert len({c['seed'] for c in runs.values()}) == 9  # other prompt orders
+
+  def liti(base, model, rate):
+    return {
+      'method': 'liti',
+      'base': base,
+      'models': [model],
+      'liti_rate': rate,
+    }
+
+  inits = ['SFT']
+  for i in (1, 2):
+    inits.append(liti(inits[-1], f'@round_{i}_slerp/model', 0.3))
   for name, c in runs.items():
     i = int(name.split('_')[1])
-    init = 'SFT' if i == 1 else f'@round_{i}_init/model'
-    assert c['start'] == {'policy': init}  # the anchor begins there as well
+    assert c['start'] == {'policy': inits[i - 1]}  # and so does the anchor
     assert c['steps'] == (90, 70, 50)[i - 1]
     assert 'graph' not in c
+  models = graph['evaluate_rounds'].config['models']
   for i in (1, 2, 3):
-    init = 'SFT' if i == 1 else f'@round_{i}_init/model'
     merge = graph[f'round_{i}_slerp'].config
-    assert merge['method'] == 'slerp' and merge['base'] == init
+    assert merge['method'] == 'slerp' and merge['base'] == inits[i - 1]
     assert merge['models'] == [f'@round_{i}_run_{m}/model' for m in (1, 2, 3)]
-    front = graph[f'front_{i}'].config
-    assert (front['method'], front['base']) == ('liti', 'SFT')
-    assert front['models'] == [f'@round_{i}_slerp/model']
-  following = graph['round_3_init'].config
-  assert following['base'] == '@round_2_init/model'
-  assert following['models'] == ['@round_2_slerp/model']
-  assert following['liti_rate'] == 0.3
+    front = [m for m in models if m.get('series') == f'round {i}']
+    end = f'@round_{i}_slerp/model'
+    rates = (0.1, 0.3, 0.5, 0.8)
+    expected = [*(liti('SFT', end, rate) for rate in rates), end]
+    assert [m['path'] for m in front] == expected
+
+
+def test_of_warp_the_last_merge_alone_can_be_written():
+  config = warp.get_config()
+  config.start.policy = 'SFT'
+  config.graph.write_rounds = False
+  graph = {job.name: job for job in graph_of(warp, config)}
+  assert [n for n, j in graph.items() if j.verb == 'merge'] == ['round_3_slerp']
+  runs = [f'@round_1_run_{m}/model' for m in (1, 2, 3)]
+  init = graph['round_2_run_1'].config['start']['policy']
+  slerp = {'method': 'slerp', 'base': 'SFT', 'models': runs}
+  assert init['models'] == [slerp] and init['method'] == 'liti'
 
 
 def test_warp_and_the_quickstart_draw_their_geometry():
@@ -171,8 +193,8 @@ def test_warp_and_the_quickstart_draw_their_geometry():
     assert count >= 2 and 'geometry' in jobs_of['report'].needs
 
 
-@pytest.fixture(scope='module')
-def rounds(tmp_path_factory):
+@pytest.fixture(scope='module', params=[True, False])
+def rounds(request, tmp_path_factory):
   """WARP's graph on a decoder of a few thousand weights: 2 rounds of 2 runs."""
   folder = tmp_path_factory.mktemp('warp')
   params = tiny.bundle(tiny.model(layers=1), 'policy')['policy']
@@ -190,6 +212,7 @@ def rounds(tmp_path_factory):
   c.recipe.max_new_tokens = 4
   c.optimizer.lr = 0.01
   c.graph.steps, c.graph.rates = (3, 2), (0.5,)
+  c.graph.write_rounds = request.param
   c.graph.evaluate.prompts = c.graph.evaluate.batch_size = 8
   graph = graph_of(warp, c)
   names = [job.name for job in graph]
@@ -213,7 +236,7 @@ def weights(path: Path):
 
 def test_warp_runs_and_its_merges_are_the_papers(rounds):
   sft, work = rounds
-  init = weights(sft)
+  init = aj.load(sft).params
   for i, steps in ((1, 3), (2, 2)):
     runs = [work / f'round_{i}_run_{m}' for m in (1, 2)]
     for run in runs:
@@ -224,28 +247,36 @@ def test_warp_runs_and_its_merges_are_the_papers(rounds):
     # A fresh anchor has not left the init by the first step's sampling.
     first = json.loads((runs[0] / 'metrics.jsonl').read_text().splitlines()[0])
     assert abs(first['anchor_kl']) < 1e-5
-    one, two = (weights(run / 'model') for run in runs)
-    base = aj.load(sft if i == 1 else work / f'round_{i}_init' / 'model')
-    merged = aj.merge(
-      'slerp',
-      base=base.params,
-      models=[aj.load(run / 'model').params for run in runs],
-      t=0.5,
-    )
-    found = weights(work / f'round_{i}_slerp' / 'model')
-    front = weights(work / f'front_{i}' / 'liti_0.50')
-    for name, leaf in tree.named(merged).items():
-      np.testing.assert_allclose(found[name], leaf, atol=1e-6)
-      np.testing.assert_allclose(
-        front[name], (init[name] + found[name]) / 2, atol=1e-6
-      )
+    models = [aj.load(run / 'model').params for run in runs]
+    one, two = map(tree.named, models)
     assert any(np.any(one[name] != two[name]) for name in one)
-    if i == 1:
-      following = weights(work / 'round_2_init' / 'model')
-      for name, leaf in following.items():
-        np.testing.assert_allclose(
-          leaf, 0.7 * init[name] + 0.3 * found[name], atol=1e-6
-        )
+    merged = aj.merge('slerp', base=init, models=models, t=0.5)
+    if (work / f'round_{i}_slerp').exists():
+      found = weights(work / f'round_{i}_slerp' / 'model')
+      for name, leaf in tree.named(merged).items():
+        np.testing.assert_allclose(found[name], leaf, atol=1e-6)
+    init = aj.merge('liti', base=init, models=[merged], liti_rate=0.3)
+  assert 'round_2_slerp' in {path.name for path in work.iterdir()}
+
+
+def test_warp_begins_the_second_round_at_its_liti(rounds):
+  sft, work = rounds
+  models = [aj.load(work / f'round_1_run_{m}' / 'model').params for m in (1, 2)]
+  base = aj.load(sft).params
+  slerp = aj.merge('slerp', base=base, models=models, t=0.5)
+  expected = tree.named(
+    aj.merge('liti', base=base, models=[slerp], liti_rate=0.3)
+  )
+  config = json.loads((work / 'round_2_run_1' / 'job.json').read_text())
+  found = deferred.opened(config['start']['policy'])
+  for name, leaf in expected.items():
+    np.testing.assert_allclose(found.load(name), leaf, atol=1e-6)
+  said = model_dir.read(work / 'round_2_run_1' / 'model').provenance['init']
+  assert said['checksum'] == inputs.digest(found, 'policy')
+  written = sorted(path.parent.name for path in work.glob('*/model'))
+  merged = ['round_1_slerp'] if (work / 'round_1_slerp').exists() else []
+  runs = [f'round_{i}_run_{m}' for i in (1, 2) for m in (1, 2)]
+  assert written == sorted([*runs, *merged, 'round_2_slerp'])
 
 
 def test_warp_evaluates_a_front_for_every_round(rounds):
