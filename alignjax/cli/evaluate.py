@@ -3,7 +3,8 @@
 Writes W/evaluation.json, which the report reads. Each model's responses are
 kept in W/responses as they finish, so that a killed evaluation goes on. A model
 with a `guidance_scale` is sampled, and as the reference scored, under guidance;
-with `embedding.path`, the diversity of a prompt's responses is measured too.
+with `embedding.path`, the diversity of a prompt's responses is measured too. A
+model's `path` may be a merge, which is then made in memory.
 """
 
 import argparse

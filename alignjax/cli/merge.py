@@ -26,6 +26,10 @@ beside these, with flags of their own (`alignjax merge NAME --help`)
 several values of a number give several results in one pass over the inputs:
 OUT/t_0.50, OUT/liti_0.30; of several numbers, all their combinations.
 
+in a config, base and models may be merges themselves, {{"method": ..., "base":
+..., "models": [...]}}, and so may what a run starts from or an evaluation
+reads: then nothing is written.
+
 rules (--where) give other numbers to the leaves whose whole name matches; the
 first that matches wins; a list of values is spread over the depth, but that
 of weights has one per model.

@@ -22,6 +22,11 @@ def _parser() -> argparse.ArgumentParser:
     description='One training run. The same command continues where it '
     'stopped, bit for bit. Ctrl-C and SIGTERM finish the step, save and '
     'exit 75.',
+    epilog='--config.start.ROLE is what a role begins with: a model directory, '
+    "'@ROLE' for a copy of another, or a merge that is made in memory, a "
+    'section or JSON of the fields of `alignjax merge --config`: '
+    '\'{"method": "slerp", "base": P, "models": [A, B], "t": 0.5}\', where P, '
+    'A and B are directories or merges again.',
     allow_abbrev=False,
   )
   parser.add_argument(

@@ -326,9 +326,8 @@ def onto(
 ) -> Any:
   """The leaves of a merge on a mesh, placed by a table, as `layout` has them.
 
-  At most these are on the devices at once: the result so far, one leaf of every
-  model that it is made of, and the layers of one stacked leaf. The host holds
-  one leaf of one model.
+  On the devices are at once the result so far and one leaf of every model that
+  it is made of; the host holds one leaf of one model.
 
   Args:
     model: of `opened`.
@@ -341,14 +340,20 @@ def onto(
   shapes = jax.eval_shape(layout, canonical)
   places = tree.named(meshes.shardings(shapes, table, mesh))
   read = reader(model, lambda name, x: meshes.put(x, own[name]))
-  stacks = {
-    place: jax.jit(lambda *x: jnp.stack(x), out_shardings=place)
-    for place in places.values()
-  }
-  specs = tree.named(shapes)
   out = {}
   for leaf, names in tree.canonical_names(shapes).items():
-    layers = [read(name) for name in names]
-    stacked = len(specs[leaf].shape) > layers[0].ndim
-    out[leaf] = stacks[places[leaf]](*layers) if stacked else layers[0]
+    spec, place = tree.named(shapes)[leaf], places[leaf]
+    if len(spec.shape) == len(model.leaves[names[0]].shape):
+      out[leaf] = read(names[0])
+      continue
+    # Layer by layer into their place: a stack would hold all of them twice.
+    empty = functools.partial(jnp.zeros, spec.shape, spec.dtype)
+    out[leaf] = jax.jit(empty, out_shardings=place)()
+    fill = jax.jit(_filled, out_shardings=place, donate_argnums=0)
+    for at, name in enumerate(names):
+      out[leaf] = fill(out[leaf], read(name), at)
   return tree.nested(out)
+
+
+def _filled(stack: jax.Array, layer: jax.Array, at: Any) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)

@@ -3,7 +3,8 @@
 Its number for a response is read behind the response's last token, so that it
 has seen all of it. Of any size and family with the run's tokenizer, at
 `reward_model.path`; such a net is what recipes train beside the policy, as
-PPO's `model_value`.
+PPO's `model_value`. A merge may stand for the path: {'method': 'linear',
+'models': [...]} is the mean of several, heads included (WARM, 2401.12187).
 """
 
 from typing import Any

@@ -19,18 +19,22 @@ from alignjax.system import model_dir
 from tests import tiny
 
 
-def write(path, seed, *, head='tied', provenance=None, config=None, dtype=None):
+def write(
+  path, seed, *, head='tied', provenance=None, config=None, dtype='float32'
+):
   config = config or tiny.config()
-  key = jax.random.key(seed)
-  params = dict(jax.jit(lambda key: decoder.init(config, key))(key))
+  draw = np.random.default_rng(seed).normal
+  shapes = tree.named(decoder.shapes(config))
   if head != 'tied':
-    params['scalar_head'] = jax.random.normal(key, (config.width, 1))
-  if dtype:
-    params = tree.cast(params, dtype)
+    shapes['scalar_head'] = jax.ShapeDtypeStruct((config.width, 1), 'f4')
+  params = {
+    name: np.asarray(0.1 * draw(size=spec.shape), dtype)
+    for name, spec in shapes.items()
+  }
   return model_dir.write(
     path,
     config=to_json(config),
-    params={'policy': jax.device_get(decoder.canonical(params))},
+    params={'policy': tree.nested(params)},
     provenance=provenance or {},
     head=head,
   )
@@ -197,6 +201,28 @@ def test_a_leaf_of_a_model_is_read_once_however_deep(where, monkeypatch):
   # Once for the angle of each round, once for the leaf itself, at most.
   for name in ('base', 'a', 'b'):
     assert read.count((name, 'embedding')) <= 4
+
+
+def test_on_a_mesh_only_the_result_is_ever_whole(tmp_path, monkeypatch):
+  config = tiny.config(layers=8)
+  for i, name in enumerate(('base', 'a', 'b')):
+    write(tmp_path / name, i, config=config)
+  found = deferred.opened(liti(tmp_path, slerp(tmp_path)))
+  sizes = [4 * spec.size for spec in found.leaves.values()]
+  mesh = meshes.make({'fsdp': -1}, jax.devices()[:4])
+  put, held = meshes.put, []
+
+  def noted(*arguments):
+    out = put(*arguments)
+    held.append(sum(x.nbytes for x in jax.live_arrays()))
+    return out
+
+  before = sum(x.nbytes for x in jax.live_arrays())
+  monkeypatch.setattr(meshes, 'put', noted)
+  layout = functools.partial(decoder.stacked, config)
+  deferred.onto(found, layout, sharding.TABLE, mesh)
+  # One copy, and a leaf each of three inputs and of the merge within.
+  assert max(held) - before < 1.2 * sum(sizes)
 
 
 def refused(spec, words):
