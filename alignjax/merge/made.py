@@ -71,10 +71,13 @@ def digest(said: Mapping[str, Any]) -> str | None:
   merged: nobody has to make the result, whose last bits may depend on where it
   is made.
   """
+  fields = ('group', 'where', 'dtype', 'pad')
+  if not {'base', 'models', 'numbers', *fields} <= {*said}:
+    return None  # of a stack, or of adapters
   inputs = [source.get('digest') for source in (said['base'], *said['models'])]
   if None in inputs:
     return None
-  how = {name: said[name] for name in ('group', 'where', 'dtype')}
+  how = {name: said[name] for name in fields}
   how['method'] = 'linear' if said['method'] == 'lerp' else said['method']
   how['numbers'] = _floats(said['numbers'])
   text = json.dumps({'merge': how, 'inputs': inputs}, sort_keys=True)

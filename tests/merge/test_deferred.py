@@ -331,3 +331,9 @@ def test_bases_are_compared_by_what_they_are_merged_of(where, tmp_path):
   assert deferred.opened(
     slerp(where, base=other, models=models, allow_different_bases=True)
   )
+
+
+def test_a_base_that_another_verb_has_put_together_is_a_base(where, tmp_path):
+  for name in ('base', 'a', 'b'):
+    write(tmp_path / name, 3, provenance={'merge': {'method': 'stack'}})
+  assert deferred.opened(slerp(tmp_path))
