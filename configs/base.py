@@ -28,7 +28,7 @@ def single(
   c.tokenizer = ''
   c.mesh = ConfigDict({'data': -1})
   c.model = ConfigDict({'name': 'start'})  # the shape of start.policy
-  # A model's path, or a merge of some: {'method': 'slerp', 'base': ...}.
+  # A model's path; with c.start = {'policy': merged(...)} a merge of some.
   c.start = ConfigDict({'policy': ''})
   c.recipe = recipe
   c.optimizer = defaults('system', 'optimizer', lr=lr, warmup_steps=10)
