@@ -217,7 +217,7 @@ def _responses(config, setting: Setting, bundle, label, name: str, words):
 
   from alignjax import evaluate
   from alignjax.data import weighted
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
   is_reference = name == config.reference
   count = config.reference_responses if is_reference else config.responses
@@ -230,7 +230,7 @@ def _responses(config, setting: Setting, bundle, label, name: str, words):
       )
       for batch in batches
     ]
-  with metrics.progress(label, config.prompts) as advance:
+  with progress(label, config.prompts) as advance:
     return evaluate.responses(
       setting.writers[count, _scale(config, name)],
       bundle,

@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from alignjax import step
-from alignjax.core import lookup, tree
+from alignjax.core import lookup, naming
 from alignjax.core.errors import UserError
 from alignjax.core.types import (
   Model,
@@ -174,7 +174,7 @@ def recipe(
 def load_params(found: Opened, what: Config) -> Params:
   """Stacked parameters of an opened model."""
   return decoder.stacked(
-    what, tree.nested({name: found.load(name) for name in found.leaves})
+    what, naming.nested({name: found.load(name) for name in found.leaves})
   )
 
 
