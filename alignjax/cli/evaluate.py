@@ -7,7 +7,6 @@ with `embedding.path`, the diversity of a prompt's responses is measured too.
 """
 
 import argparse
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -172,7 +171,8 @@ def evaluated(
   config, workdir: Path, setting: Setting, guests: tuple[dict[str, Any], dict]
 ) -> dict[str, Any]:
   """Name -> `Responses` to the setting's batches; kept in W/responses."""
-  from alignjax.cli import parts
+  from alignjax.cli import kept, parts
+  from alignjax.evaluate import Responses
 
   roles, read = guests
   plain = configs.plain(config)
@@ -202,13 +202,15 @@ def evaluated(
       sort_keys=True,
     )
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
-    kept = _kept(workdir / 'responses' / file, stamp)
-    if kept is None:
+    arrays = kept.load(workdir / 'responses' / file, stamp)
+    if arrays is None:
       bundle = {**roles, 'policy': load(name), 'reference': reference}
       label = f'evaluate {len(results) + 1}/{len(digests)} {name}'
-      kept = _responses(config, setting, bundle, label, name, words[name])
-      _keep(workdir / 'responses' / file, stamp, kept)
-    results[name] = kept
+      arrays = _responses(
+        config, setting, bundle, label, name, words[name]
+      )._asdict()
+      kept.save(workdir / 'responses' / file, stamp, arrays)
+    results[name] = Responses(**arrays)
   return results
 
 
@@ -247,31 +249,6 @@ def _weights(entry) -> list[float]:
     if entry.get(field):
       return list(entry[field])
   return []
-
-
-def _kept(file: Path, stamp: str):
-  """Responses written before under the same stamp, else None."""
-  import zipfile
-
-  import numpy as np
-
-  from alignjax.evaluate import Responses
-
-  try:
-    with np.load(file, allow_pickle=False) as arrays:
-      if str(arrays['stamp']) != stamp:
-        return None
-      return Responses(**{name: arrays[name] for name in Responses._fields})
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-    return None
-
-
-def _keep(file: Path, stamp: str, found) -> None:
-  import numpy as np
-
-  out = io.BytesIO()
-  np.savez(out, stamp=np.array(stamp), **found._asdict())
-  files.write(file, out.getvalue())
 
 
 def document(config, setting: Setting, results, ids) -> dict[str, Any]:

@@ -94,23 +94,47 @@ def guest_config(config: ConfigDict, role: str, tokens: Any) -> Config:
   path = section.get('path')
   if not path:
     return model_config(config, tokens)
-  found = files_of.open(path, head=GUESTS[role])
+  found = of_tokenizer(
+    path,
+    tokens,
+    f'{role}.path',
+    head=GUESTS[role],
+    file=section.get('tokenizer') or '',
+    remedy=f'; for a model without its tokenizer file set {role}.tokenizer',
+  )
+  return found.config
+
+
+def of_tokenizer(
+  path: str,
+  tokens: Any,
+  what: str,
+  *,
+  head: str | None = 'tied',
+  file: str = '',
+  remedy: str = '',
+) -> Opened:
+  """A model of any size, family and format whose ids are those of `tokens`.
+
+  Its tokenizer is its own or `file`. Rows of its embedding beyond the tokenizer
+  are no tokens.
+  """
+  found = files_of.open(path, head=head)
   if found.config.vocab_size < tokens.size:
     raise UserError(
-      f'{role}.path: {path} has {found.config.vocab_size} ids, fewer than the '
+      f'{what}: {path} has {found.config.vocab_size} ids, fewer than the '
       f'{tokens.size} of the tokenizer'
     )
   # A plan may stand in for a tokenizer that is not here.
   if isinstance(tokens, Tokenizer | ByteTokenizer):
-    file = section.get('tokenizer') or found.tokenizer or ''
-    if fingerprint(tokenizer(str(file))) != fingerprint(tokens):
+    file = file or str(found.tokenizer or '')
+    if fingerprint(tokenizer(file)) != fingerprint(tokens):
       raise UserError(
-        f'{role}.path: {path} has another tokenizer '
+        f'{what}: {path} has another tokenizer '
         f'({file or "no file, so bytes"}) than the run '
-        f'({tokens.path or "bytes"}), expected the same; for a model '
-        f'without its tokenizer file set {role}.tokenizer'
+        f'({tokens.path or "bytes"}), expected the same{remedy}'
       )
-  return found.config
+  return found
 
 
 def _guest(config: ConfigDict, role: str) -> dict[str, Any]:
