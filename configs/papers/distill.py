@@ -13,56 +13,37 @@ quarter of an hour on two cores; `:tiny` is the same path in two minutes.
 
 One run, from a model, is `alignjax train` with the same config and
 --config.start.policy=MODEL; the teacher may be of another size, family and file
-format. `:sampled` uses 256 ids a position in place of the whole distribution.
-With the teacher run once, beforehand, by the first command, the second needs
-none:
-
-  alignjax teach --config=configs/papers/distill.py:sampled --out=RECORDS
-    --config.teacher.path=TEACHER --config.tokenizer=TOKENIZER
-  alignjax train --config=configs/papers/distill.py:recorded
-    --workdir=runs/small --config.start.policy=MODEL
-    --config.source.path=RECORDS --config.tokenizer=TOKENIZER
+format. `--config.recipe.targets=counts` takes 256 ids a position in place of
+the whole distribution; distill_recorded.py reads them from disk.
 """
 
 from ml_collections import ConfigDict
 
 from alignjax.cloud.jobs import Job
-from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
 from configs import base
 
-VARIANTS = ('', 'sampled', 'recorded', 'tiny')
+VARIANTS = ('', 'tiny')
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  rows = defaults('data', 'sources.text', length=128)
-  if variant == 'recorded':
-    recipe = defaults('recipes', 'distill.recorded')
-  else:
-    targets = 'counts' if variant == 'sampled' else 'full'
-    recipe = defaults('recipes', 'distill', targets=targets)
   tiny = variant == 'tiny'
+  recipe = defaults('recipes', 'distill')
   c = base.single(recipe, steps=20 if tiny else 1000, batch_size=8, lr=3e-3)
   c.optimizer.update(schedule='cosine', final_lr=3e-4, weight_decay=0.05)
   c.log_every, c.save_every = 10, 200
-  if variant == 'recorded':
-    c.source = defaults('data', 'teacher.recorded', rows=rows)
-    return c
-  c.source = rows
+  c.source = defaults('data', 'sources.text', length=128)
   c.teacher = ConfigDict({'path': '', 'tokenizer': ''})
-  if not variant or tiny:
-    # Rows of the embedding: as many as the tokenizer has ids, or more.
-    student = defaults('models', 'gemma', family='gemma2', vocab_size=1536)
-    student.update(layers=4, heads=4, kv_heads=2, window=32, init_std=0.02)
-    c.graph = ConfigDict(dict(student=student, seeds=1 if tiny else 3))
-    c.graph.widths = (32,) if tiny else (48, 96)
+  # Rows of the embedding: as many as the tokenizer has ids, or more.
+  student = defaults('models', 'gemma', family='gemma2', vocab_size=1536)
+  student.update(layers=4, heads=4, kv_heads=2, window=32, init_std=0.02)
+  c.graph = ConfigDict(dict(student=student, seeds=1 if tiny else 3))
+  c.graph.widths = (32,) if tiny else (48, 96)
   return c
 
 
 def jobs(c: ConfigDict):
   """The graph: what each command reads and writes."""
-  if 'graph' not in c:
-    raise UserError('this variant is one run: `alignjax train` takes it')
   arms = {
     'scratch': {'recipe': defaults('recipes', 'sft').to_dict()},
     'distilled': {'recipe': c.recipe.to_dict()},
