@@ -18,8 +18,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.core.types import Params
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer
 from alignjax.interop import convert
@@ -88,7 +89,7 @@ def load(
     config = dataclasses.replace(config, dtype=dtype)
   return LoadedModel(
     config=config,
-    params=tree.nested(
+    params=naming.nested(
       {name: jnp.asarray(found.load(name)) for name in found.leaves}
     ),
     tokenizer=None if file is None else Tokenizer.load(os.fspath(file)),
@@ -229,9 +230,7 @@ def _in_memory(model: LoadedModel) -> Opened:
     path=opened.path if opened else epath.Path('memory'),
     format=opened.format if opened else 'alignjax',
     config=model.config,
-    leaves={
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()
-    },
+    leaves={name: Spec(x.shape, x.dtype) for name, x in leaves.items()},
     load=lambda name: np.asarray(leaves[name]),
     view=lambda name, allocate=None: np.asarray(leaves[name]),
     origin={name: (name,) for name in leaves},

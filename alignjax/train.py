@@ -33,6 +33,7 @@ from alignjax.system import (
 )
 from alignjax.system import mesh as meshes
 from alignjax.system import metrics as numbers
+from alignjax.system.progress import progress
 from alignjax.system.rows import to_mesh
 
 
@@ -118,7 +119,7 @@ def _train(recipe, tx, source, state, schedule, book, workdir, label, mesh):
 
   with (
     _signals() as stop,
-    numbers.progress(label, schedule.steps, begin) as advance,
+    progress(label, schedule.steps, begin) as advance,
     closing(batches),
     resume.finishing(checkpoints),
   ):

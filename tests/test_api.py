@@ -8,7 +8,7 @@ import pytest
 
 import alignjax as aj
 from alignjax import api
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 from alignjax.data import tokenizer
 from alignjax.data.tokenizer import ByteTokenizer
@@ -24,7 +24,7 @@ FORMATS = ('alignjax', 'hf', 'deepmind')
 
 def model(dtype=np.float32, config=CONFIG):
   leaves = {k: jnp.asarray(x.astype(dtype)) for k, x in LEAVES.items()}
-  return api.LoadedModel(config, tree.nested(leaves))
+  return api.LoadedModel(config, naming.nested(leaves))
 
 
 def tokens(rows=2, length=12):

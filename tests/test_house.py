@@ -37,6 +37,7 @@ _room(
   'evaluate',
   *(room for room in ABOVE if room not in ('recipes', 'step', 'train')),
 )
+_room('perplexity', 'core', 'losses')
 _room('merge', 'core', 'system', 'interop')
 _room('plan')
 _room('report', 'core')

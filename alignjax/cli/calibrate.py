@@ -112,7 +112,7 @@ def _sample(config, model, bundle, rows, reward, table) -> None:
   import jax
 
   from alignjax import evaluate
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
   write = evaluate.sampler(
     model,
@@ -120,7 +120,7 @@ def _sample(config, model, bundle, rows, reward, table) -> None:
     max_new_tokens=config.max_new_tokens,
     temperature=config.temperature,
   )
-  with metrics.progress('calibrate', len(rows)) as advance:
+  with progress('calibrate', len(rows)) as advance:
     evaluate.reference_rewards(
       write,
       bundle,

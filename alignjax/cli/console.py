@@ -14,6 +14,7 @@ VERBS = {
   'sample': 'text from a model, or a conversation with it',
   'calibrate': 'rewards of reference responses, for recipes that need them',
   'evaluate': 'reward, KL, win rate and diversity of models',
+  'perplexity': 'how well models predict held-out text',
   'teach': 'write down what a teacher says about the rows of a source',
   'merge': 'merge the weights of models',
   'plan': 'what a run needs on a TPU slice, without a TPU',

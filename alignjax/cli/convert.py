@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
   from alignjax.core.errors import UserError
   from alignjax.interop import convert, open
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
   if args.to is None and not args.verify:
     raise UserError(
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
       print(f'would write {what.path}')
       return console.OK
-    with metrics.progress('convert', what.steps) as advance:
+    with progress('convert', what.steps) as advance:
       convert.run(what, _counted(advance))
     print(f'wrote {what.path}')
   return _verify(args, source) if args.verify else console.OK
@@ -125,12 +125,12 @@ def _plan(what: Any, verify: bool) -> str:
 
 def _verify(args: argparse.Namespace, source: Any) -> int:
   from alignjax.interop import certificate, open
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
   # Hugging Face's files cannot say how the window counts.
   window_self = source.config.window_self
   destination = open.open(args.path, window_self=window_self)
-  with metrics.progress('verify', certificate.steps(source)) as advance:
+  with progress('verify', certificate.steps(source)) as advance:
     found = certificate.compare(source, destination, _counted(advance))
   certificate.write(found, destination.path)
   print(found.verdict)

@@ -8,7 +8,6 @@ model's `path` may be a merge, which is then made in memory.
 """
 
 import argparse
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -173,7 +172,8 @@ def evaluated(
   config, workdir: Path, setting: Setting, guests: tuple[dict[str, Any], dict]
 ) -> dict[str, Any]:
   """Name -> `Responses` to the setting's batches; kept in W/responses."""
-  from alignjax.cli import parts
+  from alignjax.cli import kept, parts
+  from alignjax.evaluate import Responses
 
   roles, read = guests
   plain = configs.plain(config)
@@ -203,13 +203,15 @@ def evaluated(
       sort_keys=True,
     )
     file = re.sub(r'[^A-Za-z0-9.]+', '_', name) + '.npz'
-    kept = _kept(workdir / 'responses' / file, stamp)
-    if kept is None:
+    arrays = kept.load(workdir / 'responses' / file, stamp)
+    if arrays is None:
       bundle = {**roles, 'policy': load(name), 'reference': reference}
       label = f'evaluate {len(results) + 1}/{len(digests)} {name}'
-      kept = _responses(config, setting, bundle, label, name, words[name])
-      _keep(workdir / 'responses' / file, stamp, kept)
-    results[name] = kept
+      arrays = _responses(
+        config, setting, bundle, label, name, words[name]
+      )._asdict()
+      kept.save(workdir / 'responses' / file, stamp, arrays)
+    results[name] = Responses(**arrays)
   return results
 
 
@@ -218,7 +220,7 @@ def _responses(config, setting: Setting, bundle, label, name: str, words):
 
   from alignjax import evaluate
   from alignjax.data import weighted
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
   is_reference = name == config.reference
   count = config.reference_responses if is_reference else config.responses
@@ -231,7 +233,7 @@ def _responses(config, setting: Setting, bundle, label, name: str, words):
       )
       for batch in batches
     ]
-  with metrics.progress(label, config.prompts) as advance:
+  with progress(label, config.prompts) as advance:
     return evaluate.responses(
       setting.writers[count, _scale(config, name)],
       bundle,
@@ -248,31 +250,6 @@ def _weights(entry) -> list[float]:
     if entry.get(field):
       return list(entry[field])
   return []
-
-
-def _kept(file: Path, stamp: str):
-  """Responses written before under the same stamp, else None."""
-  import zipfile
-
-  import numpy as np
-
-  from alignjax.evaluate import Responses
-
-  try:
-    with np.load(file, allow_pickle=False) as arrays:
-      if str(arrays['stamp']) != stamp:
-        return None
-      return Responses(**{name: arrays[name] for name in Responses._fields})
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-    return None
-
-
-def _keep(file: Path, stamp: str, found) -> None:
-  import numpy as np
-
-  out = io.BytesIO()
-  np.savez(out, stamp=np.array(stamp), **found._asdict())
-  files.write(file, out.getvalue())
 
 
 def document(config, setting: Setting, results, ids) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from alignjax.core import tree
 from alignjax.core.errors import UserError
 from alignjax.core.lookup import nearest
 from alignjax.interop import mixture, orbax
@@ -28,6 +27,7 @@ from alignjax.merge.inputs import check_same
 from alignjax.models import decoder
 from alignjax.models.config import Config, to_json
 from alignjax.models.preset import SHAPES, preset
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 from alignjax.system.checkpoint import FORMAT
 
@@ -52,8 +52,7 @@ def model(
     # As the weights were released.
     config = preset(shape=name, dtype=dtype or 'bfloat16')
     leaves = {
-      leaf: _leaf(x.shape, config.dtype)
-      for leaf, x in tree.named(decoder.shapes(config)).items()
+      leaf: _leaf(x.shape, config.dtype) for leaf, x in shapes(config).items()
     }
     facts = {'name': name, 'format': 'released'}
   else:

@@ -306,9 +306,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(what: Any) -> list[Any]:
   from alignjax.merge import driver
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
-  with metrics.progress('merge', what.passes * len(what.leaves)) as advance:
+  with progress('merge', what.passes * len(what.leaves)) as advance:
     done = 0
 
     def step(text: str) -> None:

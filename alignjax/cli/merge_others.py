@@ -79,7 +79,7 @@ def main(name: str, argv: Sequence[str]) -> int:
 def _write(made: Any, args: argparse.Namespace, record: dict[str, Any]) -> int:
   from alignjax.interop import convert
   from alignjax.merge.planning import check_apart
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
   check_apart(args.out, [made])
   what = convert.plan(
@@ -96,7 +96,7 @@ def _write(made: Any, args: argparse.Namespace, record: dict[str, Any]) -> int:
   )
   for note in what.notes:
     print(f'note: {note}')
-  with metrics.progress('merge', what.steps) as advance:
+  with progress('merge', what.steps) as advance:
     done = 0
 
     def step(text: str) -> None:
@@ -112,10 +112,10 @@ def _write(made: Any, args: argparse.Namespace, record: dict[str, Any]) -> int:
 def _extract(args: argparse.Namespace) -> int:
   from alignjax.interop.open import open as open_model
   from alignjax.merge import lora
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
 
   base, model = open_model(args.base), open_model(args.models[0])
-  with metrics.progress('lora', len(base.leaves)) as advance:
+  with progress('lora', len(base.leaves)) as advance:
     done = 0
 
     def step(name: str) -> None:

@@ -15,12 +15,14 @@ from alignjax import evaluate as measuring
 from alignjax.cli import config as configs
 from alignjax.cli import evaluate, merge_search_show, parts
 from alignjax.cli.merge_search import BEST, DEFAULT, Search, config_of, planned
-from alignjax.core import files, tree
+from alignjax.core import files, naming
 from alignjax.core.errors import UserError
-from alignjax.merge import driver, merge
+from alignjax.merge import driver
 from alignjax.merge import search as searching
+from alignjax.merge.memory import merge
 from alignjax.models import decoder
 from alignjax.system import metrics
+from alignjax.system.progress import progress
 
 
 def run(search: Search) -> None:
@@ -114,7 +116,7 @@ def _trials(search: Search, config, guests) -> list[dict[str, Any]]:
   args, setting = search.args, search.setting
   directories = list(setting.directories.values())
   base, *models = (
-    tree.nested({name: found.load(name) for name in found.leaves})
+    naming.nested({name: found.load(name) for name in found.leaves})
     for found in directories
   )
 
@@ -149,7 +151,7 @@ def _trials(search: Search, config, guests) -> list[dict[str, Any]]:
 
   file = args.workdir / 'search.jsonl'
   started = len(metrics.read(file))
-  with metrics.progress('search', args.trials, started) as advance:
+  with progress('search', args.trials, started) as advance:
 
     def step(rows):
       last = rows[-1]['objective']

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from alignjax.core import lookup, tree
+from alignjax.core import lookup, naming
 from alignjax.core.errors import UserError
 from alignjax.core.types import (
   Model,
@@ -26,7 +26,7 @@ from alignjax.core.types import (
 from alignjax.data.tokenizer import ByteTokenizer, Tokenizer, fingerprint
 from alignjax.interop import open as files_of
 from alignjax.interop.opened import Opened
-from alignjax.merge import deferred, inputs
+from alignjax.merge import deferred, inputs, placed
 from alignjax.models import decoder, sharding
 from alignjax.models.config import FREE, Config, to_json
 from alignjax.policies import lm
@@ -98,23 +98,47 @@ def guest_config(config: ConfigDict, role: str, tokens: Any) -> Config:
   path = section.get('path')
   if not path:
     return model_config(config, tokens)
-  found = opened_at(path, head=GUESTS[role])
+  found = of_tokenizer(
+    path,
+    tokens,
+    f'{role}.path',
+    head=GUESTS[role],
+    file=section.get('tokenizer') or '',
+    remedy=f'; for a model without its tokenizer file set {role}.tokenizer',
+  )
+  return found.config
+
+
+def of_tokenizer(
+  path: Any,
+  tokens: Any,
+  what: str,
+  *,
+  head: str | None = 'tied',
+  file: str = '',
+  remedy: str = '',
+) -> Opened:
+  """A model of any size, family and format whose ids are those of `tokens`.
+
+  Its tokenizer is its own or `file`. Rows of its embedding beyond the tokenizer
+  are no tokens.
+  """
+  found = opened_at(path, head=head)
   if found.config.vocab_size < tokens.size:
     raise UserError(
-      f'{role}.path: {found.path} has {found.config.vocab_size} ids, fewer than'
-      f' the {tokens.size} of the tokenizer'
+      f'{what}: {found.path} has {found.config.vocab_size} ids, fewer than the '
+      f'{tokens.size} of the tokenizer'
     )
   # A plan may stand in for a tokenizer that is not here.
   if isinstance(tokens, Tokenizer | ByteTokenizer):
-    file = section.get('tokenizer') or found.tokenizer or ''
-    if fingerprint(tokenizer(str(file))) != fingerprint(tokens):
+    file = file or str(found.tokenizer or '')
+    if fingerprint(tokenizer(file)) != fingerprint(tokens):
       raise UserError(
-        f'{role}.path: {found.path} has another tokenizer '
+        f'{what}: {found.path} has another tokenizer '
         f'({file or "no file, so bytes"}) than the run '
-        f'({tokens.path or "bytes"}), expected the same; for a model '
-        f'without its tokenizer file set {role}.tokenizer'
+        f'({tokens.path or "bytes"}), expected the same{remedy}'
       )
-  return found.config
+  return found
 
 
 def _guest(config: ConfigDict, role: str) -> dict[str, Any]:
@@ -204,9 +228,9 @@ def load_params(
   """
   if mesh is not None and found.merge is not None:
     layout = functools.partial(decoder.stacked, what)
-    return deferred.onto(found, layout, sharding.TABLE, mesh)
+    return placed.onto(found, layout, sharding.TABLE, mesh)
   return decoder.stacked(
-    what, tree.nested({name: found.load(name) for name in found.leaves})
+    what, naming.nested({name: found.load(name) for name in found.leaves})
   )
 
 

@@ -77,7 +77,7 @@ def _teach(config: Any, out: Path, shard_rows: int) -> None:
   from alignjax.losses import teacher as teachers
   from alignjax.models import sharding
   from alignjax.system import mesh as meshes
-  from alignjax.system import metrics
+  from alignjax.system.progress import progress
   from alignjax.system.rows import to_mesh
 
   tokens = parts.tokenizer(config.tokenizer)
@@ -104,7 +104,7 @@ def _teach(config: Any, out: Path, shard_rows: int) -> None:
   said = teachers.writer(policy, kind=kind, **numbers)
   with (
     meshes.current(mesh),
-    metrics.progress(f'teach {out.name}', len(source)) as advance,
+    progress(f'teach {out.name}', len(source)) as advance,
   ):
     records.write(
       out,

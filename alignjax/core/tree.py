@@ -1,20 +1,11 @@
-"""Trees of arrays by leaf name: names, regex tables, and a little arithmetic.
-
-A leaf's name is its path joined by '/', for example `layer_7/attn/q`. Tables
-are sequences of (regex, value); the first full match wins, and what a table
-leaves unmatched is an error.
-"""
+"""Trees of arrays by leaf name (see `naming`), and a little arithmetic."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from alignjax.core.errors import UserError
-
-T = TypeVar('T')
 
 
 def name(path) -> str:
@@ -30,31 +21,11 @@ def named(tree: Any) -> dict[str, Any]:
   }
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """The nested dict whose `named` is `leaves`."""
-  root: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    *parents, last = path.split('/')
-    node = root
-    for part in parents:
-      node = node.setdefault(part, {})
-    node[last] = leaf
-  return root
-
-
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """tree.map with the leaf's name as first argument."""
   return jax.tree_util.tree_map_with_path(
     lambda path, *leaves: fn(name(path), *leaves), tree, *rest
   )
-
-
-def lookup(table: Sequence[tuple[str, T]], leaf: str, what: str) -> T:
-  """First value whose regex matches the whole name. `what` names the table."""
-  for pattern, value in table:
-    if re.fullmatch(pattern, leaf):
-      return value
-  raise UserError(f'{what}: no rule matches the leaf {leaf!r}')
 
 
 def lerp(old: Any, new: Any, rate: Any) -> Any:

@@ -12,10 +12,10 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
+from alignjax.core.spec import Spec
 from alignjax.interop import hf_facts
 from alignjax.interop import probe as probes
 from alignjax.interop.open import CERTIFICATES
@@ -48,9 +48,7 @@ def steps(source: Opened) -> int:
   return len(source.leaves) + len(source.extra) + 2 * source.config.layers
 
 
-def peak_bytes(
-  source: Opened, written: Mapping[str, jax.ShapeDtypeStruct]
-) -> int:
+def peak_bytes(source: Opened, written: Mapping[str, Spec]) -> int:
   """Upper estimate of what the arrays of `compare` occupy at once."""
   pair = 0
   layers: dict[str, int] = {}
@@ -75,7 +73,7 @@ def peak_bytes(
   return kept + max(pair, table, 2 * max(layers.values()))
 
 
-def _bytes(spec: jax.ShapeDtypeStruct) -> int:
+def _bytes(spec: Spec) -> int:
   return math.prod(spec.shape) * spec.dtype.itemsize
 
 

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from alignjax.core.errors import UserError
 from alignjax.core.journal import Put
+from alignjax.core.spec import Spec
 from alignjax.data.tokenizer import Tokenizer
 from alignjax.interop import deepmind, hf
 from alignjax.interop.open import EXTRA
@@ -58,8 +58,8 @@ class Plan(NamedTuple):
   path: epath.Path
   to: str
   config: Config
-  leaves: dict[str, jax.ShapeDtypeStruct]
-  extra: dict[str, jax.ShapeDtypeStruct]
+  leaves: dict[str, Spec]
+  extra: dict[str, Spec]
   notes: tuple[str, ...]
   provenance: dict[str, Any]
   overwrite: bool
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
     return copies * largest + parts
 
 
-def size(spec: jax.ShapeDtypeStruct) -> int:
+def size(spec: Spec) -> int:
   """Bytes of an array."""
   return math.prod(spec.shape) * spec.dtype.itemsize
 
@@ -125,7 +125,7 @@ def plan(
   leaves = {}
   for name, spec in source.leaves.items():
     shape = spec.shape if name != 'embedding' else (rows, *spec.shape[1:])
-    leaves[name] = jax.ShapeDtypeStruct(shape, _dtype(spec.dtype, dtype))
+    leaves[name] = Spec(shape, _dtype(spec.dtype, dtype))
   if dtype != 'keep' and any(
     leaves[name].dtype != spec.dtype for name, spec in source.leaves.items()
   ):
@@ -168,7 +168,7 @@ def run(what: Plan, step: Step = lambda text: None) -> None:
       step(f'wrote {name}')
 
 
-def cast(leaf: np.ndarray, spec: jax.ShapeDtypeStruct) -> np.ndarray:
+def cast(leaf: np.ndarray, spec: Spec) -> np.ndarray:
   """A leaf with the rows and the dtype of `spec`; new rows are 0."""
   if leaf.shape != spec.shape:
     rows = spec.shape[0]

@@ -14,13 +14,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
 from alignjax.core import directory
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop import (
   deepmind_config,
   deepmind_names,
@@ -113,7 +113,7 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
     format='deepmind',
     config=config,
     leaves={
-      name: jax.ShapeDtypeStruct(piece.leaf_shape, dtype(tensors[_key(piece)]))
+      name: Spec(piece.leaf_shape, dtype(tensors[_key(piece)]))
       for name, piece in pieces.items()
     },
     load=load,
@@ -126,8 +126,7 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
     files=tuple(files.values()),
     provenance={'source': source, 'config': f'from {told}', **kept},
     extra={
-      name: jax.ShapeDtypeStruct(tensor.shape, dtype(tensor))
-      for name, tensor in extra.items()
+      name: Spec(tensor.shape, dtype(tensor)) for name, tensor in extra.items()
     },
     load_extra=lambda name: extra[name].read(folder),
   )

@@ -14,14 +14,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
 
-from alignjax.core import directory, tree
+from alignjax.core import directory
 from alignjax.core.errors import UserError
 from alignjax.core.journal import Put
+from alignjax.core.spec import Spec
 from alignjax.interop import (
   hf_config,
   hf_facts,
@@ -31,8 +31,8 @@ from alignjax.interop import (
 )
 from alignjax.interop.opened import Opened
 from alignjax.interop.safetensors import Tensor
-from alignjax.models import decoder
 from alignjax.models.config import Config
+from alignjax.models.shapes import shapes
 
 CONFIG = 'config.json'
 TOKENIZER = 'tokenizer.model'
@@ -52,7 +52,7 @@ FILES = (
 )
 _FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 
-Specs = Mapping[str, jax.ShapeDtypeStruct]
+Specs = Mapping[str, Spec]
 
 
 class Leaf(NamedTuple):
@@ -105,8 +105,7 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
     format='hf',
     config=config,
     leaves={
-      name: jax.ShapeDtypeStruct(leaf.shape, leaf.tensor.dtype)
-      for name, leaf in leaves.items()
+      name: Spec(leaf.shape, leaf.tensor.dtype) for name, leaf in leaves.items()
     },
     load=functools.partial(_load, leaves),
     view=functools.partial(_view, leaves),
@@ -114,9 +113,7 @@ def read(path: epath.PathLike, *, window_self: bool | None = None) -> Opened:
     tokenizer=tokenizer if tokenizer.exists() else None,
     files=tuple(path / name for name in FILES if (path / name).exists()),
     provenance=_record(path) | {'source': source},
-    extra={
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in extra.items()
-    },
+    extra={name: Spec(x.shape, x.dtype) for name, x in extra.items()},
     load_extra=functools.partial(_load_extra, extra),
   )
 
@@ -261,7 +258,7 @@ def _matched(
   missing, wrong = [], []
   leaves: dict[str, Leaf] = {}
   left = {name: x for name, x in found.items() if name not in hf_names.HEADS}
-  for leaf, spec in sorted(tree.named(decoder.shapes(config)).items()):
+  for leaf, spec in sorted(shapes(config).items()):
     name, form = hf_names.tensor(model_type, leaf)
     tensor = left.pop(prefix + name, None)
     if tensor is None:
@@ -322,7 +319,7 @@ def _fits(source: Mapping[str, Any], config: Config, leaves: Specs) -> bool:
 def _facts(
   config: Config,
   where: str,
-  table: jax.ShapeDtypeStruct,
+  table: Spec,
   source: Mapping[str, Any],
 ) -> dict[str, Any]:
   dtype = np.dtype(table.dtype).name
@@ -354,7 +351,5 @@ def _order(leaf: str) -> tuple[int, int, str]:
   return {'embedding': 0, 'final_norm': 2}.get(leaf, 3), 0, leaf
 
 
-def _stored(
-  spec: jax.ShapeDtypeStruct, form: hf_names.Form
-) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(form.shape(spec.shape), spec.dtype)
+def _stored(spec: Spec, form: hf_names.Form) -> Spec:
+  return Spec(form.shape(spec.shape), spec.dtype)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.core import tree
+from alignjax.core import naming
 
 Shape = tuple[int, ...]
 
@@ -127,7 +127,7 @@ def tensor(model_type: str, leaf: str) -> tuple[str, Form]:
   Raises UserError for a leaf that the family does not have.
   """
   table, what = TABLES[model_type], f'Hugging Face names of {model_type}'
-  template, form = tree.lookup(table, leaf, what)
+  template, form = naming.lookup(table, leaf, what)
   layer, _, rest = leaf.removeprefix('layer_').partition('/')
   last = rest.rpartition('/')[2]
   stem = last.removesuffix('_bias')

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.system import model_dir
 from alignjax.system.model_dir import ModelDir
 
@@ -65,7 +65,7 @@ def checked(
 
 def mixed(
   found: ModelDir, weights: Sequence[float]
-) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[str], np.ndarray]]:
+) -> tuple[dict[str, Spec], Callable[[str], np.ndarray]]:
   """(leaves, load) of the model at `weights`; weights of 0 read nothing."""
   copies = _copies(found)
   shared: Mapping[str, Any] = {}

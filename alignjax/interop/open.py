@@ -9,17 +9,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from alignjax.core import tree
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop import deepmind, hf, mixture, orbax
 from alignjax.interop.hf_files import PICKLES
 from alignjax.interop.opened import Opened
-from alignjax.models import decoder
 from alignjax.models.config import Config, from_json
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 EXTRA = 'extra'  # role of the tensors that are not the decoder's
@@ -140,7 +139,7 @@ def _ours(
   source = found.provenance.get('source', {})
   joint = '.' if source.get('format') == 'hf' else '/'
   extra: dict[str, str] = {}
-  specs: dict[str, jax.ShapeDtypeStruct] = {}
+  specs: dict[str, Spec] = {}
   if EXTRA in found.roles:
     for name, spec in model_dir.leaves(found, EXTRA).items():
       extra[name.replace('/', joint)] = name
@@ -192,7 +191,7 @@ def _check(path: epath.Path, config: Config, leaves: Mapping[str, Any]) -> None:
 
 def differing(config: Config, leaves: Mapping[str, Any]) -> list[str]:
   """Every leaf that is missing, too many, or of a wrong shape."""
-  expected = tree.named(decoder.shapes(config))
+  expected = shapes(config)
   wrong = []
   for name in sorted(leaves.keys() | expected.keys()):
     if name not in leaves:

@@ -7,10 +7,10 @@ no weights are held: each call of `load` reads the tensors of one leaf.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
+from alignjax.core.spec import Spec
 from alignjax.models.config import Config
 
 
@@ -45,14 +45,14 @@ class Opened(NamedTuple):
   path: epath.Path
   format: str
   config: Config
-  leaves: dict[str, jax.ShapeDtypeStruct]
+  leaves: dict[str, Spec]
   load: Callable[[str], np.ndarray]
   view: Callable[..., np.ndarray]
   origin: Mapping[str, tuple[str, ...]]
   tokenizer: epath.Path | None
   files: tuple[epath.Path, ...]
   provenance: dict[str, Any]
-  extra: dict[str, jax.ShapeDtypeStruct]
+  extra: dict[str, Spec]
   load_extra: Callable[[str], np.ndarray]
   weights: tuple[float, ...] = ()
   head: str = 'tied'

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.core import tree
+from alignjax.core import naming
 from alignjax.interop.opened import Opened
 from alignjax.models import decoder
 from alignjax.models.config import Config
@@ -75,7 +75,7 @@ def logits(
     x = _layer(
       config,
       i % len(config.pattern),
-      tree.nested(params),
+      naming.nested(params),
       x,
       what.position,
       what.segment,

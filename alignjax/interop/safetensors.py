@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, TypeGuard
 
-import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
@@ -20,6 +19,7 @@ from etils import epath
 from alignjax.core import files, journal
 from alignjax.core.errors import UserError
 from alignjax.core.journal import Journal, Put
+from alignjax.core.spec import Spec
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -144,7 +144,7 @@ def same(a: Tensor, b: Tensor, piece_bytes: int = 2**25) -> bool:
 @contextlib.contextmanager
 def writer(
   directory: epath.PathLike,
-  tensors: Mapping[str, jax.ShapeDtypeStruct],
+  tensors: Mapping[str, Spec],
   *,
   shard_bytes: int = SHARD_BYTES,
   resume: bool = False,
@@ -220,7 +220,7 @@ def writer(
 
 def _continued(
   directory: epath.Path,
-  tensors: Mapping[str, jax.ShapeDtypeStruct],
+  tensors: Mapping[str, Spec],
   shards: Mapping[str, Sequence[str]],
 ) -> Journal:
   """The journal of a writer that was interrupted: what it had finished."""
@@ -341,7 +341,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def _shards(
-  tensors: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int
+  tensors: Mapping[str, Spec], shard_bytes: int
 ) -> dict[str, list[str]]:
   """File name -> the tensors that it holds."""
   shards: list[list[str]] = [[]]
@@ -360,13 +360,13 @@ def _shards(
   }
 
 
-def size(spec: jax.ShapeDtypeStruct) -> int:
+def size(spec: Spec) -> int:
   """Bytes of an array."""
   return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 def _header(
-  tensors: Mapping[str, jax.ShapeDtypeStruct], names: Sequence[str]
+  tensors: Mapping[str, Spec], names: Sequence[str]
 ) -> tuple[bytes, dict[str, int]]:
   """The beginning of a file, and where each of its tensors begins."""
   codes = {name: CODES[np.dtype(tensors[name].dtype)] for name in names}
@@ -388,7 +388,7 @@ def _header(
 
 
 def _index(
-  tensors: Mapping[str, jax.ShapeDtypeStruct],
+  tensors: Mapping[str, Spec],
   shards: Mapping[str, Sequence[str]],
 ) -> str:
   facts = {

@@ -171,7 +171,7 @@ def key_range(
   window: int | None,
   query_block: int,
   key_block: int,
-  last: Int[Array, 'Q'] | None = None,
+  last: Int[Array, ' Q'] | None = None,
 ):
   """Blocks of keys that each block of queries reads: (first, end), [Q] each.
 

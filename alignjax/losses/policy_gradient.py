@@ -67,7 +67,7 @@ def leave_one_out(
 def leave_pairs_out(
   returns: Float[Array, 'B N'],
   weight: Float[Array, 'B N'],
-  prompt_id: Int[Array, 'B'],
+  prompt_id: Int[Array, ' B'],
 ) -> Float[Array, 'B N']:
   """Baseline of a response's mean score in pairs: what others have without it.
 
@@ -120,7 +120,7 @@ def group_advantage(
 
 def flat(
   reward: Float[Array, 'B N'], weight: Float[Array, 'B N']
-) -> Bool[Array, 'B']:
+) -> Bool[Array, ' B']:
   """Prompts all of whose responses have one reward: nothing to compare."""
   high = jnp.max(jnp.where(weight > 0, reward, -jnp.inf), axis=1)
   low = jnp.min(jnp.where(weight > 0, reward, jnp.inf), axis=1)

@@ -3,13 +3,14 @@
 import sys
 import types
 
-from alignjax.merge.memory import merge as merge
-
 
 class _Room(types.ModuleType):
-  """`alignjax.merge` names this package and, called, the function."""
+  """`alignjax.merge` names this package and, called, `memory.merge`."""
 
   def __call__(self, *args, **numbers):
+    # Here, as it imports JAX, which merging files does not need.
+    from alignjax.merge.memory import merge
+
     return merge(*args, **numbers)
 
 

@@ -8,11 +8,10 @@ Inside a program the same methods get JAX's arrays, sharded as they are.
 import sys
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.core import Tracer
+
+Array = Any  # NumPy's or JAX's
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _UPPER = np.uint32(0xFFFF0000)
@@ -20,17 +19,28 @@ _UPPER = np.uint32(0xFFFF0000)
 
 def namespace(x: Any) -> Any:
   """`jax.numpy` for JAX's arrays, traced ones too; `numpy` for others."""
-  return jnp if isinstance(x, jax.Array) else np
+  if isinstance(x, np.ndarray | np.generic):
+    return np
+  # Here and below, as merging files needs no JAX and should not wait for it.
+  jax = sys.modules.get('jax')
+  return jax.numpy if jax and isinstance(x, jax.Array) else np
 
 
 def floating(dtype: Any) -> bool:
   """Whether it is a dtype of weights; bfloat16 is one."""
-  return jnp.issubdtype(dtype, jnp.floating)
+  dtype = np.dtype(dtype)
+  return dtype.kind == 'f' or dtype == _BF16
+
+
+def named(dtype: str) -> np.dtype:
+  """The dtype of that name; bfloat16 is one."""
+  return _BF16 if dtype == 'bfloat16' else np.dtype(dtype)
 
 
 def known(x: Any) -> bool:
   """Whether a number is there to be looked at: it is not traced."""
-  return not isinstance(x, Tracer)
+  jax = sys.modules.get('jax')
+  return not (jax and isinstance(x, jax.core.Tracer))
 
 
 def float32(x: Any) -> Any:
@@ -104,7 +114,7 @@ def inner(a: Any, b: Any) -> Any:
     # A block is short enough for float32 sums; blocks add up in float64.
     return np.float64(np.dot(a.reshape(-1), b.reshape(-1)))
   # A sum, not a dot: XLA sums in a tree, which keeps float32 accurate.
-  return jnp.sum(a * b)
+  return (a * b).sum()
 
 
 def counts(x: Any, bins: int) -> Any:
@@ -113,21 +123,21 @@ def counts(x: Any, bins: int) -> Any:
   flat = x.reshape(-1)
   if xp is np:
     return np.bincount(flat, minlength=bins)
-  return jnp.bincount(flat, length=bins)
+  return xp.bincount(flat, length=bins)
 
 
 def bits(x: Any) -> Any:
   """uint32 of the bits of float32 `x`: in order where none is negative."""
   if namespace(x) is np:
     return np.ascontiguousarray(x).view(np.uint32)
-  return jax.lax.bitcast_convert_type(x, jnp.uint32)
+  return x.view(np.uint32)
 
 
 def from_bits(x: Any) -> Any:
   """`bits` inverted."""
   if namespace(x) is np:
     return np.ascontiguousarray(x).view(np.float32)
-  return jax.lax.bitcast_convert_type(x, jnp.float32)
+  return x.view(np.float32)
 
 
 def uniform(index: Any, seed: int) -> Any:

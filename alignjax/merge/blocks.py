@@ -78,7 +78,10 @@ def total(
   stats: Any,
   pool: ThreadPoolExecutor | None = None,
 ) -> Any:
-  """What pass `which` measures of the leaf, summed over its blocks."""
+  """What pass `which` measures of the leaf, summed over its blocks.
+
+  Raises UserError for inputs that are not finite, if the total is a group's.
+  """
 
   def measured(block: tuple[int, int]) -> Any:
     _, (base, *models) = _wide(how, leaf.read(*block))
@@ -87,6 +90,10 @@ def total(
   found: Any = None
   for part in in_order(pool, measured, leaf.blocks()):
     found = part if found is None else found + part
+  if how.grouped and not np.isfinite(found).all():
+    # Squares may overflow where no weight is to blame.
+    for block in leaf.blocks():
+      _check_finite(leaf, block, _wide(how, leaf.read(*block))[1])
   return found
 
 
@@ -126,11 +133,8 @@ def merged(
   Raises UserError for inputs that are not finite.
   """
   split, (base, *models) = _wide(how, leaf.read(*block))
-  if not all(map(finite, (base, *models))):
-    raise UserError(
-      f'leaf {leaf.name!r} has NaN or infinite weights in one of the inputs, in'
-      f' rows {block[0]} to {block[1] - 1} of {leaf.rows}'
-    )
+  if not how.grouped:  # else its total has told, over all blocks
+    _check_finite(leaf, block, (base, *models))
   index = None
   if how.random:
     if leaf.size > 2**32:
@@ -148,6 +152,16 @@ def merged(
   return results
 
 
+def _check_finite(
+  leaf: Leaf, block: tuple[int, int], found: Sequence[np.ndarray]
+) -> None:
+  if not all(map(finite, found)):
+    raise UserError(
+      f'leaf {leaf.name!r} has NaN or infinite weights in one of the inputs, in'
+      f' rows {block[0]} to {block[1] - 1} of {leaf.rows}'
+    )
+
+
 def _wide(
   how: Method, found: Sequence[np.ndarray]
 ) -> tuple[bool, list[np.ndarray]]:
@@ -157,6 +171,14 @@ def _wide(
   widen = arrays.planes if split else arrays.float32
   known = {id(x): widen(x) for x in found}
   return split, [known[id(x)] for x in found]
+
+
+def same_integers(name: str, base: Any, leaves: Sequence[Any]) -> Any:
+  """`base`, if the models agree with it: other numbers have no mean."""
+  known = all(map(arrays.known, (base, *leaves)))
+  if known and not all(np.array_equal(base, x) for x in leaves):
+    raise UserError(f'leaf {name!r} is {base.dtype} and differs between models')
+  return base
 
 
 def keep_freed_memory() -> None:

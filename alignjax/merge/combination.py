@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 
 
 def weighted_sum(

@@ -6,31 +6,25 @@ of `alignjax merge`:
   {'method': 'slerp', 'base': P, 'models': [A, B], 't': 0.5}
 
 and each of P, A and B may be such a merge again. Read leaf by leaf, totals of a
-group of leaves first: in this process's memory as the driver does it, with its
-bits, or on a mesh under jit, each device with its part. Not the place for
-writing results: that is `driver`'s.
+group of leaves first, in this process's memory: as the driver does it, with its
+bits. Not the place for merging on a mesh, `placed`, or for writing results.
 """
 
 import functools
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
-from alignjax.core import tree
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop.open import absolute
 from alignjax.interop.opened import Opened
-from alignjax.merge import arrays, inputs, memory, method, rules
+from alignjax.merge import arrays, blocks, inputs, method, rules
 from alignjax.merge.made import Merge
-from alignjax.system import mesh as meshes
 
 OPTIONS: dict[str, Any] = {
   'group': 'layer',
@@ -156,9 +150,7 @@ def _model(what: Merge) -> Opened:
 
   def kind(spec):
     keep = to == 'keep' or not arrays.floating(spec.dtype)
-    return jax.ShapeDtypeStruct(
-      spec.shape, spec.dtype if keep else jnp.dtype(to)
-    )
+    return Spec(spec.shape, spec.dtype if keep else arrays.named(to))
 
   source = what.base.provenance.get('source')
   found = what.base._replace(
@@ -197,10 +189,15 @@ def _label(what: Merge) -> str:
 
 def reader(
   model: Opened,
-  put: Callable[[str, np.ndarray], jax.Array] | None = None,
+  put: Callable[[str, np.ndarray], Any] | None = None,
+  merged: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]
+  | None = None,
   known: dict[int, Read] | None = None,
 ) -> Read:
-  """Leaf name -> leaf of a merge: NumPy's, or on devices where `put` puts them.
+  """Leaf name -> leaf of a merge: NumPy's, or what `put` and `merged` make.
+
+  `put` takes a leaf of a file to where it is merged; `merged` gives, for each
+  merge, what takes the total of a leaf there and what merges one.
 
   Holds the leaf that was read last, of every model that it is made of: a model
   that is named twice is read once. Not for several threads.
@@ -215,9 +212,9 @@ def reader(
     else:
       what = model.merge
       first = what.base if what.method.uses_base else what.models[0]
-      parts = [reader(m, put, known) for m in (first, *what.models)]
-      merged = _far if put else _near
-      read = functools.partial(_leaf, what, model.leaves, parts, merged(), {})
+      parts = [reader(m, put, merged, known) for m in (first, *what.models)]
+      how = (merged or _near)()
+      read = functools.partial(_leaf, what, model.leaves, parts, how, {})
     known[id(model)] = _last(read)
   return known[id(model)]
 
@@ -245,7 +242,7 @@ def _leaf(what, leaves, parts, merged, totals, name) -> Any:
   spec, how = leaves[name], what.method
   if not arrays.floating(spec.dtype):
     first, *others = (read(name) for read in parts)
-    return memory.same_integers(name, first, others)
+    return blocks.same_integers(name, first, others)
   total = None
   if how.grouped:
     key = method.group_of(name, what.group)
@@ -273,87 +270,7 @@ def _total(what, leaves, parts, measure, key: str) -> Any:
 
 
 def _near() -> tuple[Callable[..., Any], Callable[..., Any]]:
+  # Here, as it imports JAX, which merging files does not need.
+  from alignjax.merge import memory
+
   return memory.near_total, memory.near_leaf
-
-
-def _far() -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """Compiled once for the leaves of one kind, whatever their layer."""
-  programs: dict[Any, Any] = {}
-
-  def kind(how, name):
-    # What a random method draws depends on the whole name.
-    return name if how.random else re.sub(r'layer_\d+', 'layer_0', name)
-
-  def total(how, name, base, models):
-    key = 'total', kind(how, name), base.shape
-    if key not in programs:
-      measure = functools.partial(memory.far_total, how, key[1])
-      programs[key] = jax.jit(measure, out_shardings=_everywhere(base))
-    return programs[key](base, models)
-
-  def leaf(how, name, base, models, numbers, total, dtype):
-    said = json.dumps(numbers, sort_keys=True)
-    key = 'leaf', kind(how, name), base.shape, said
-
-    def run(base, models, total):
-      out = memory.far_leaf(how, key[1], base, models, numbers, total, dtype)
-      return out, jnp.isfinite(out).all()
-
-    if key not in programs:
-      places = base.sharding, _everywhere(base)
-      programs[key] = jax.jit(run, out_shardings=places)
-    out, finite = programs[key](base, models, total)
-    if not finite:
-      raise UserError(
-        f'leaf {name!r} has NaN or infinite weights in one of the inputs'
-      )
-    return out
-
-  return total, leaf
-
-
-def _everywhere(like: jax.Array) -> NamedSharding:
-  """Where every host can look at a number that comes of such an array."""
-  assert isinstance(like.sharding, NamedSharding)
-  return NamedSharding(like.sharding.mesh, PartitionSpec())
-
-
-def onto(
-  model: Opened,
-  layout: Callable[[Any], Any],
-  table: meshes.Table,
-  mesh: jax.sharding.Mesh,
-) -> Any:
-  """The leaves of a merge on a mesh, placed by a table, as `layout` has them.
-
-  On the devices are at once the result so far and one leaf of every model that
-  it is made of; the host holds one leaf of one model.
-
-  Args:
-    model: of `opened`.
-    layout: canonical tree -> the tree that is wanted, whose leaves are those,
-      or stacked ones of them, under the names of `core.tree`.
-    table, mesh: where leaves live.
-  """
-  canonical = tree.nested(model.leaves)
-  own = tree.named(meshes.shardings(canonical, table, mesh))
-  shapes = jax.eval_shape(layout, canonical)
-  places = tree.named(meshes.shardings(shapes, table, mesh))
-  read = reader(model, lambda name, x: meshes.put(x, own[name]))
-  out = {}
-  for leaf, names in tree.canonical_names(shapes).items():
-    spec, place = tree.named(shapes)[leaf], places[leaf]
-    if len(spec.shape) == len(model.leaves[names[0]].shape):
-      out[leaf] = read(names[0])
-      continue
-    # Layer by layer into their place: a stack would hold all of them twice.
-    empty = functools.partial(jnp.zeros, spec.shape, spec.dtype)
-    out[leaf] = jax.jit(empty, out_shardings=place)()
-    fill = jax.jit(_filled, out_shardings=place, donate_argnums=0)
-    for at, name in enumerate(names):
-      out[leaf] = fill(out[leaf], read(name), at)
-  return tree.nested(out)
-
-
-def _filled(stack: jax.Array, layer: jax.Array, at: Any) -> jax.Array:
-  return jax.lax.dynamic_update_index_in_dim(stack, layer, at, 0)

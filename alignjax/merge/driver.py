@@ -17,12 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from alignjax.core.errors import UserError
 from alignjax.core.journal import Put
+from alignjax.core.spec import Spec
 from alignjax.interop import convert
 from alignjax.merge import arrays, blocks, inputs, made, method, rules
 from alignjax.merge.planning import Plan
@@ -150,7 +150,7 @@ def _merged(
   what: Plan,
   left: Mapping[int, Put],
   name: str,
-  spec: jax.ShapeDtypeStruct,
+  spec: Spec,
   totals: Mapping[str, Any],
   scratch: epath.PathLike,
   pool: ThreadPoolExecutor,

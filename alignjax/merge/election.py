@@ -7,10 +7,11 @@ dropped; the models then add up, or elect a sign as in TIES (arXiv 2306.01708).
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 
 
 def moved(

@@ -7,9 +7,10 @@ large, only these M x M numbers. They add up over blocks and leaves.
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 
 _COLLINEAR = 1e-6  # sin(angle) below which SLERP is LERP
 _OPPOSITE = 1e-3  # radians from pi at which no path is defined

@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
 from alignjax.core import directory
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop import hf_facts, hf_files, hf_names, safetensors
 from alignjax.interop.opened import Opened
 from alignjax.merge import arrays, inputs
@@ -237,9 +237,7 @@ def _write(
     'fan_in_fan_out': False,
     'target_modules': modules,
   }
-  specs = {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tensors.items()
-  }
+  specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
   with directory.replaced(path) as partial:
     with safetensors.writer(partial, specs, shard_bytes=2**62) as put:
       for name, x in tensors.items():

@@ -77,7 +77,7 @@ def merge(
 
   def one(leaf, x):
     if not is_float(x):
-      return same_integers(leaf, x, leaves[leaf])
+      return blocks.same_integers(leaf, x, leaves[leaf])
     total = totals.get(method.group_of(leaf, group))
     own = rules.numbers(given, leaf, numbers, layers)
     return leaf_of(how, leaf, x, leaves[leaf], own, total)
@@ -187,11 +187,3 @@ def _wide(
     )
     for x in (base, *models)
   ]
-
-
-def same_integers(name: str, base: Any, leaves: Sequence[Any]) -> Any:
-  """`base`, if the models agree with it: other numbers have no mean."""
-  known = all(map(arrays.known, (base, *leaves)))
-  if known and not all(np.array_equal(base, x) for x in leaves):
-    raise UserError(f'leaf {name!r} is {base.dtype} and differs between models')
-  return base

@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from etils import epath
 
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop import convert
 from alignjax.interop.open import absolute
 from alignjax.interop.opened import Opened
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
   digests: Mapping[str, str]
 
   @property
-  def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+  def leaves(self) -> dict[str, Spec]:
     return self.base.leaves
 
   @property

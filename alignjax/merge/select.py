@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.method import Pass
 
 _UPPER = 2**15  # the sign bit is 0
@@ -110,7 +111,7 @@ def _thresholds(
   return xp.stack(rows)
 
 
-def _place(counts: Int[Array, 'bins'], rank: Any) -> tuple[Any, Any]:
+def _place(counts: Int[Array, ' bins'], rank: Any) -> tuple[Any, Any]:
   """(bin of the rank-th largest, rank within that bin), ranks from 1."""
   xp = arrays.namespace(counts)
   above = xp.cumsum(counts[::-1])[::-1]  # items of a bin and of those above it

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 
 NO_MEAN = 1e-3  # length of a mean direction below which it is none
 
@@ -37,8 +38,8 @@ def length(point: Any, cosines: Any) -> Any:
 
 
 def unit(
-  point: Float[Array, 'M'], cosines: Float[Array, 'M M']
-) -> Float[Array, 'M']:
+  point: Float[Array, ' M'], cosines: Float[Array, 'M M']
+) -> Float[Array, ' M']:
   """On the sphere; 0 stays 0."""
   xp = arrays.namespace(point)
   norm = length(point, cosines)
@@ -47,7 +48,7 @@ def unit(
 
 def barycentre(
   gram: Float[Array, 'M M'], weights: Sequence[Any]
-) -> tuple[Float[Array, 'M'], Float[Array, 'M'], Float[Array, 'M M'], Any]:
+) -> tuple[Float[Array, ' M'], Float[Array, ' M'], Float[Array, 'M M'], Any]:
   """Where interpolation on a sphere starts: the weighted mean direction.
 
   Args:
@@ -98,10 +99,10 @@ def problem(gram: Any) -> str | None:
 
 
 def step(
-  point: Float[Array, 'M'],
-  weights: Float[Array, 'M'],
+  point: Float[Array, ' M'],
+  weights: Float[Array, ' M'],
   cosines: Float[Array, 'M M'],
-) -> Float[Array, 'M']:
+) -> Float[Array, ' M']:
   """exp_p(sum_i w_i log_p(u_i)): the barycentre seen from a point p.
 
   log_p(u) = angle / sin(angle) (u - cos(angle) p). One step is exact on a

@@ -6,8 +6,6 @@ Parameters are plain dicts in the stacked layout of `core.tree`; `canonical`
 and `stacked` convert. Everything is a pure function of (config, params).
 """
 
-import dataclasses
-import functools
 import re
 from typing import Any
 
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from alignjax.core import placement, tree
+from alignjax.core import naming, placement, tree
 from alignjax.core.types import Params
 from alignjax.kernels.dense import linear_turned, softcap
 from alignjax.kernels.embedding import lookup
@@ -108,23 +106,6 @@ def init_embedder(config: Config, key, size: int) -> Params:
   return params | {'embedding_head': head * config.width**-0.5}
 
 
-def shapes(config: Config) -> dict[str, Any]:
-  """Shapes and dtypes of the canonical tree; allocates nothing."""
-  # One cycle of the pattern is traced; deeper layers repeat it.
-  period = min(config.layers, len(config.pattern))
-  found = _traced(dataclasses.replace(config, layers=period))
-  out = {k: v for k, v in found.items() if not k.startswith('layer_')}
-  for i in range(config.layers):  # copies: what is cached is nobody's to change
-    out[f'layer_{i}'] = jax.tree.map(lambda x: x, found[f'layer_{i % period}'])
-  return out
-
-
-@functools.cache
-def _traced(config: Config) -> dict[str, Any]:
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(lambda key: _init(config, key), key)
-
-
 def _init(config: Config, key) -> dict[str, Any]:
   keys = jax.random.split(key, config.layers + 1)
   x = jnp.zeros((1, 1, config.width))
@@ -177,7 +158,7 @@ def turned(params: Params, *, single: bool = False) -> Params:
   names = TURNED_SINGLE if single else TURNED
 
   def turn(name, x):
-    inputs = tree.lookup(INPUTS, name, 'linear maps')
+    inputs = naming.lookup(INPUTS, name, 'linear maps')
     turned = name.rpartition('/')[2] in names
     if turned:
       x = jnp.moveaxis(x, range(inputs), range(-inputs, 0))

@@ -8,7 +8,7 @@ roles are spread over 'data' as well (`system.mesh.shardings`).
 
 from typing import Any
 
-from alignjax.core import placement, tree
+from alignjax.core import naming, placement, tree
 
 # The vocabulary is split, not the width: logits are computed where their rows
 # of the table are, and a table of 256k rows is never gathered.
@@ -33,7 +33,7 @@ TABLE = (
 
 def spec(name: str, x: Any) -> placement.Spec:
   """Axes of a leaf, canonical or stacked (one more axis in front)."""
-  found = tree.lookup(TABLE, name, 'sharding table')
+  found = naming.lookup(TABLE, name, 'sharding table')
   return (None,) * (x.ndim - len(found)) + found
 
 

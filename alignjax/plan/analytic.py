@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from alignjax.core import placement, tree
-from alignjax.models import decoder, sharding
+from alignjax.core import placement
+from alignjax.models import sharding
 from alignjax.models.config import Config
+from alignjax.models.shapes import shapes
 from alignjax.plan.programs import Program
 from alignjax.plan.topology import Topology
 
@@ -113,7 +114,7 @@ def linear_size(config: Config, which: str = '.*') -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _leaves(config: Config) -> Mapping[str, Any]:
-  return tree.named(decoder.shapes(config))
+  return shapes(config)
 
 
 def work(config: Config, program: Program) -> Work:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 from alignjax.core.types import (
   Batch,
@@ -61,8 +61,8 @@ def split(params: Params, count: int, copied: str) -> Params:
       f'copied leaves {copied!r}: no leaf has such a name, expected one of '
       f'{list(COPIED)} or a regex that matches some of {some} ...'
     )
-  out = {'copies': {str(i): tree.nested(chosen) for i in range(count)}}
-  return out | ({'shared': tree.nested(shared)} if shared else {})
+  out = {'copies': {str(i): naming.nested(chosen) for i in range(count)}}
+  return out | ({'shared': naming.nested(shared)} if shared else {})
 
 
 def endpoints(params: Params, reference: Params | None = None) -> list[Params]:
@@ -74,7 +74,7 @@ def endpoints(params: Params, reference: Params | None = None) -> list[Params]:
   fixed = tree.named(reference)
   fixed.setdefault('unembedding', fixed.get('embedding'))
   names = tree.named(ends[0])
-  return [*ends, tree.nested({name: fixed[name] for name in names})]
+  return [*ends, naming.nested({name: fixed[name] for name in names})]
 
 
 def mix(params: Params, condition, reference: Params | None = None) -> Params:
@@ -91,7 +91,7 @@ def mix(params: Params, condition, reference: Params | None = None) -> Params:
     return jnp.asarray(total).astype(xs[0].dtype)
 
   mixed = tree.named(jax.tree.map(leaf, *ends))
-  return tree.nested(tree.named(params.get('shared', {})) | mixed)
+  return naming.nested(tree.named(params.get('shared', {})) | mixed)
 
 
 def conditioned(

@@ -20,6 +20,7 @@ from alignjax.report.diversity import diversity_html
 from alignjax.report.front import front_svg, sweeps
 from alignjax.report.geometry import geometry_html, geometry_lines
 from alignjax.report.goodput import goodput_html
+from alignjax.report.perplexity import perplexity_html, perplexity_lines
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
 from alignjax.report.searched import searched_html
@@ -36,19 +37,21 @@ def report(
 
   Args:
     workdirs: directories with `metrics.jsonl` (and `timing.jsonl`,
-      `config.json`), `evaluation.json` or `geometry.json` in them or below
-      them.
+      `config.json`), `evaluation.json`, `geometry.json` or `perplexity.json`
+      in them or below them.
     out: the file to write; an existing one is replaced in one step.
 
   Returns:
-    Lines of findings: those of the first evaluation, or else what the training
-    curves show, or else what the first geometry does.
+    Lines of findings: those of the first evaluation, or else of the first
+    perplexities, or else what the training curves show, or else what the first
+    geometry does.
 
   Raises:
     UserError: nothing to report, malformed input, or `out` cannot be written.
   """
   what = found(workdirs)
   lines = [findings.evaluated(e) for e in what.evaluations.values()]
+  lines = lines or [perplexity_lines(p) for p in what.perplexities.values()]
   if not lines and what.runs:
     lines = [findings.trained(what)]
   lines = lines or [geometry_lines(g) for g in what.geometries.values()]
@@ -73,6 +76,10 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
       sections.append(_section(said, chart))
     if chart := searched_html(evaluation, f'search {number}'):
       sections.append(_section(f'The search for the numbers{heading}', chart))
+  for number, (name, text) in enumerate(what.perplexities.items()):
+    heading = f'Perplexity on held-out text{_whose(name, what.perplexities)}'
+    charts = perplexity_html(text, f'perplexity {number}')
+    sections.append(_section(heading, charts))
   for number, (name, geometry) in enumerate(what.geometries.items()):
     heading = f'How the task vectors lie{_whose(name, what.geometries)}'
     charts = geometry_html(geometry, f'geometry {number}')

@@ -1,10 +1,10 @@
 """What a report is made of, read from work directories and checked.
 
 Finds training runs (`metrics.jsonl` with its neighbours), evaluations
-(`evaluation.json`) and differences of models (`geometry.json`) and turns each
-into a plain record. It computes nothing and knows nothing of HTML. A line that
-is still being written is ignored; any other malformed input is a UserError that
-names the file and the line.
+(`evaluation.json`), differences of models (`geometry.json`) and perplexities
+(`perplexity.json`) and turns each into a plain record. It computes nothing and
+knows nothing of HTML. A line that is still being written is ignored; any other
+malformed input is a UserError that names the file and the line.
 """
 
 import json
@@ -61,6 +61,7 @@ class Found(NamedTuple):
     runs: those without rewards (pretraining) before those with.
     evaluations: by folder.
     geometries: by folder; how task vectors lie.
+    perplexities: by folder; of models on one text.
     documents: 'folder · file' -> JSON text of config.json, environment.json;
       an environment that an earlier folder has too is left out.
   """
@@ -68,6 +69,7 @@ class Found(NamedTuple):
   runs: list[Run]
   evaluations: dict[str, dict[str, Any]]
   geometries: dict[str, dict[str, Any]]
+  perplexities: dict[str, dict[str, Any]]
   documents: dict[str, str]
 
 
@@ -75,20 +77,24 @@ def found(workdirs: Sequence[str | os.PathLike]) -> Found:
   """Read every run and evaluation below `workdirs`, in a stable order.
 
   Raises:
-    UserError: a directory is missing or holds no metrics.jsonl, evaluation.json
-      or geometry.json, or a file is malformed.
+    UserError: a directory is missing or holds nothing of all that, or a file is
+      malformed.
   """
   if not workdirs:
     raise UserError('A report needs at least one work directory; none given.')
   runs: list[Run] = []
-  evaluations: dict[str, dict[str, Any]] = {}
-  geometries: dict[str, dict[str, Any]] = {}
+  readers = {
+    'evaluation.json': evaluation,
+    'geometry.json': geometry,
+    'perplexity.json': perplexity,
+  }
+  told: dict[str, dict[str, dict[str, Any]]] = {file: {} for file in readers}
   documents: dict[str, str] = {}
   for workdir in map(Path, workdirs):
     if not workdir.is_dir():
       raise UserError(f'The work directory {workdir} does not exist.')
     prefix = workdir.resolve().name if len(workdirs) > 1 else ''
-    before = len(runs), len(evaluations), len(geometries)
+    before = len(runs) + sum(map(len, told.values()))
     for folder, files in _folders(workdir):
       name = folder.relative_to(workdir).as_posix()
       full = f'{prefix}/{name}' if prefix else name
@@ -96,19 +102,18 @@ def found(workdirs: Sequence[str | os.PathLike]) -> Found:
         name = full = workdir.resolve().name
       if 'metrics.jsonl' in files and (run := _run(folder, name, full)):
         runs.append(run)
-      if 'evaluation.json' in files:
-        evaluations[full] = evaluation(folder / 'evaluation.json')
-      if 'geometry.json' in files:
-        geometries[full] = geometry(folder / 'geometry.json')
+      for file in files & readers.keys():
+        told[file][full] = readers[file](folder / file)
       _documents(folder, files, full, documents)
-    if before == (len(runs), len(evaluations), len(geometries)):
+    if before == len(runs) + sum(map(len, told.values())):
       raise UserError(
         f'{workdir} has nothing to report: expected a metrics.jsonl with at '
-        'least one row, an evaluation.json or a geometry.json in it or below '
-        'it, found none of them.'
+        'least one row, an evaluation.json, a geometry.json or a '
+        'perplexity.json in it or below it, found none of them.'
       )
   runs.sort(key=lambda r: 'reward' in r.metrics)
-  return Found(runs, evaluations, geometries, documents)
+  evaluations, geometries, perplexities = told.values()
+  return Found(runs, evaluations, geometries, perplexities, documents)
 
 
 def evaluation(path: str | os.PathLike) -> dict[str, Any]:
@@ -173,6 +178,37 @@ def geometry(path: str | os.PathLike) -> dict[str, Any]:
           f'{path}: "{field}" of group {name!r} must be {wanted}; found '
           f'{repr(value)[:80]}.'
         )
+  return data
+
+
+def perplexity(path: str | os.PathLike) -> dict[str, Any]:
+  """Read one perplexity.json, the facts of `alignjax perplexity`, and check it.
+
+  Raises:
+    UserError: not JSON, another format, no models, or a field of one that is
+      missing or not what it must be.
+  """
+  path = Path(path)
+  data = _of_format_1(path)
+  models = data.get('models')
+  named = isinstance(models, list) and all(
+    isinstance(m, dict) and isinstance(m.get('name'), str) for m in models
+  )
+  if not models or not named:
+    raise UserError(f'{path}: expected "models", each with a "name".')
+  for model in models:
+    for key in ('perplexity', 'nll', 'gain'):
+      if not interval(model, key):
+        raise UserError(
+          f'{path}: "{key}" of model {model["name"]!r} must have finite '
+          f'numbers mean, low and high; found {model.get(key)!r}.'
+        )
+    size = model.get('parameters')
+    if not isinstance(size, int) or size < 1:
+      raise UserError(
+        f'{path}: "parameters" of model {model["name"]!r} must be a whole '
+        f'number, 1 or more; found {size!r}.'
+      )
   return data
 
 

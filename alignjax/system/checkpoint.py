@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 from alignjax.core.types import TrainState
 from alignjax.system import fingerprint, hosts
@@ -72,7 +72,7 @@ def save(
   checkpoints.save(
     int(state.step),
     args=ocp.args.Composite(
-      state=ocp.args.StandardSave(tree.nested(leaves)),
+      state=ocp.args.StandardSave(naming.nested(leaves)),
       meta=ocp.args.JsonSave(meta),
     ),
     force=True,
@@ -199,7 +199,7 @@ def _read(folder: epath.Path, expected: Mapping[str, Any]) -> dict[str, Any]:
   The handler itself: the manager's barrier would keep the others waiting for a
   process that has met a broken file.
   """
-  abstract = tree.nested(
+  abstract = naming.nested(
     {
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
       for name, x in expected.items()

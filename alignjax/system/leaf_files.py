@@ -14,12 +14,11 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from alignjax.core import tree
+from alignjax.core import naming
 
 CHUNK_BYTES = 32 * 2**20
 # What reading or writing holds beyond the array: a chunk as it is given, as
@@ -62,7 +61,8 @@ def save(
   One that exceeds `large_bytes` is not copied. Raises OSError or ValueError
   for what the file system refuses, and may leave some of it.
   """
-  # Here, as it takes long and whoever only reads has no use for it.
+  # Here, as they take long and whoever only reads has no use for them.
+  import jax
   import orbax.checkpoint as ocp
 
   me = jax.process_index()
@@ -80,7 +80,7 @@ def save(
   # Orbax gets one item of a large array, which makes the entry in its index
   # and the kind of zarr; the array itself then takes that place.
   items = {name: np.zeros([1] * x.ndim, x.dtype) for name, x in large.items()}
-  saved = tree.nested({**arrays, **items})
+  saved = naming.nested({**arrays, **items})
   index = directory / '_METADATA'
   before = json.loads(index.read_text()) if index.exists() else None
   directory.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alignjax.core import placement, tree
+from alignjax.core import naming, placement, tree
 from alignjax.core.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor', 'seq', 'expert')
@@ -91,7 +91,7 @@ def shardings(pytree: Any, table: Table, mesh: Mesh) -> Any:
   def leaf(name, x):
     if not x.shape:
       return NamedSharding(mesh, PartitionSpec())
-    spec = tree.lookup(table, canonical[name][0], 'sharding table')
+    spec = naming.lookup(table, canonical[name][0], 'sharding table')
     if spec and len(spec) == len(x.shape) - 1:
       spec = (None, *spec)
     if spec and len(spec) != len(x.shape):

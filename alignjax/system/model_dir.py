@@ -15,14 +15,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from alignjax.core import directory, tree
+from alignjax.core import directory, naming
 from alignjax.core.errors import UserError
 from alignjax.core.journal import Journal, Put
+from alignjax.core.spec import Spec
 from alignjax.system import leaf_files
 
 FORMAT = 1
@@ -113,14 +113,12 @@ def read(path: epath.PathLike) -> ModelDir:
   )
 
 
-def leaves(
-  model: ModelDir, role: str = 'policy'
-) -> dict[str, jax.ShapeDtypeStruct]:
+def leaves(model: ModelDir, role: str = 'policy') -> dict[str, Spec]:
   """Shapes and dtypes by leaf name, sorted; no weights are read."""
   out = {}
   for name in sorted(_known(model, role)):
     array = _open(model, role, name)
-    out[name] = jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+    out[name] = Spec(array.shape, array.dtype.numpy_dtype)
   return out
 
 
@@ -150,14 +148,13 @@ def load_leaf(
 def load(model: ModelDir, role: str = 'policy') -> dict[str, Any]:
   """The nested dict of one role's leaves, checksums verified."""
   names = sorted(_known(model, role))
-  return tree.nested({name: load_leaf(model, role, name) for name in names})
+  return naming.nested({name: load_leaf(model, role, name) for name in names})
 
 
 def checksums(params: Any) -> dict[str, str]:
   """What `model.json` records for a tree: crc32 in hex by leaf name."""
   return {
-    name: leaf_files.crc32(np.asarray(leaf))
-    for name, leaf in tree.named(params).items()
+    name: leaf_files.crc32(np.asarray(leaf)) for name, leaf in _named(params)
   }
 
 
@@ -216,7 +213,7 @@ def write(
   ) as put:
     for role, weights in params.items():
       pairs: Iterable[tuple[str, Any]] = (
-        tree.named(weights).items() if isinstance(weights, Mapping) else weights
+        _named(weights) if isinstance(weights, Mapping) else weights
       )
       for name, leaf in pairs:
         put(role, name, leaf)
@@ -301,6 +298,13 @@ def writer_bytes(leaf_bytes: Iterable[int]) -> tuple[int, int]:
   # Orbax's copy of what is held, and its encoding.
   passing = leaf_files.PASSING_BYTES if len(small) < len(sizes) else 0
   return held, max(2 * held, passing)
+
+
+def _named(params: Any) -> Iterable[tuple[str, Any]]:
+  # Here, as it imports JAX, which a reader can do without.
+  from alignjax.core import tree
+
+  return tree.named(params).items()
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

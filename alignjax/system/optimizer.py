@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 
 SCHEDULES = ('constant', 'linear', 'cosine')
@@ -81,7 +81,8 @@ def multipliers(params: Any, table: Sequence[tuple[str, float]]) -> Any:
 
   def leaf(name, x):
     rules = [
-      tree.lookup(table, layer, 'optimizer.table') for layer in canonical[name]
+      naming.lookup(table, layer, 'optimizer.table')
+      for layer in canonical[name]
     ]
     if len(set(rules)) == 1:
       return np.float32(rules[0])

@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 from watch import watched
 
-from alignjax.core import tree
 from alignjax.interop import hf
-from alignjax.models import decoder, preset
+from alignjax.models import preset
+from alignjax.models.shapes import shapes
 
 
 def random_checkpoint(path: Path, shape: str) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def random_checkpoint(path: Path, shape: str) -> tuple[int, int]:
   config = preset.SHAPES[shape]
   leaves = {
     name: jax.ShapeDtypeStruct(leaf.shape, ml_dtypes.bfloat16)
-    for name, leaf in tree.named(decoder.shapes(config)).items()
+    for name, leaf in shapes(config).items()
   }
   draw = np.random.default_rng(0)
   with hf.writer(path, config, leaves) as put:

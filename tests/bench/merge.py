@@ -24,9 +24,9 @@ import ml_dtypes
 import numpy as np
 from watch import Watched, watched
 
-from alignjax.core import tree
 from alignjax.interop import hf
-from alignjax.models import decoder, preset
+from alignjax.models import preset
+from alignjax.models.shapes import shapes
 
 NAMES = ('base', 'a', 'b')
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -39,7 +39,7 @@ def checkpoints(where: Path, layers: int, rows: int) -> int:
   )
   leaves = {
     name: jax.ShapeDtypeStruct(leaf.shape, BF16)
-    for name, leaf in tree.named(decoder.shapes(config)).items()
+    for name, leaf in shapes(config).items()
   }
   for seed, path in enumerate(NAMES):
     if (where / path).exists():

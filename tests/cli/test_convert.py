@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from alignjax.cli import console, convert
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.data import tokenizer
 from alignjax.interop import convert as engine
 from alignjax.interop.open import open as open_
@@ -88,7 +88,7 @@ def test_deepmind_there_and_back(tmp_path, family, between):
   leaves = trees.leaves(config, dtype=ml_dtypes.bfloat16)
   transposed = family in ('gemma2', 'gemma3')
   names = trees.nested(config, leaves, transposed)
-  trees.save(tmp_path / 'a', tree.nested(names))
+  trees.save(tmp_path / 'a', naming.nested(names))
   assert run('a', 'b', '--to', between, '--verify') == 0
   assert run('b', 'c', '--to', 'deepmind', '--verify') == 0
   assert verdict('b').startswith('identical')

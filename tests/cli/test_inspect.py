@@ -5,18 +5,17 @@ import json
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alignjax.cli import facts, inspect
-from alignjax.core import tree
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.core.types import TrainState
-from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.preset import SHAPES
+from alignjax.models.shapes import shapes
 from alignjax.system import checkpoint, model_dir
 from tests import tiny
 
@@ -28,7 +27,7 @@ def params(seed):
   draw = np.random.default_rng(seed).normal
   return {
     name: draw(size=leaf.shape).astype(np.float32)
-    for name, leaf in tree.named(decoder.shapes(CONFIG)).items()
+    for name, leaf in shapes(CONFIG).items()
   }
 
 
@@ -124,9 +123,7 @@ def test_a_hugging_face_directory(capsys):
   from alignjax.interop import hf
 
   leaves = params(0)
-  specs = {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()
-  }
+  specs = {name: Spec(x.shape, x.dtype) for name, x in leaves.items()}
   with hf.writer('theirs', CONFIG, specs) as put:
     for name, x in leaves.items():
       put(name, x)

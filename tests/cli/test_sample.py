@@ -15,12 +15,12 @@ import pytest
 from alignjax import api
 from alignjax.cli import chat
 from alignjax.cli import sample as cli
-from alignjax.core import tree
 from alignjax.core.errors import UserError
 from alignjax.data.format import chat_tokens
 from alignjax.data.tokenizer import train
 from alignjax.models import decoder
 from alignjax.models.config import to_json
+from alignjax.models.shapes import shapes
 from alignjax.policies import conditioned
 from alignjax.system import model_dir
 from tests import tiny
@@ -45,7 +45,7 @@ def write(path, rows, tokenizer=None):
     name: draw(
       scale=0.05 if name == 'embedding' else 0.7, size=leaf.shape
     ).astype(np.float32)
-    for name, leaf in tree.named(decoder.shapes(config)).items()
+    for name, leaf in shapes(config).items()
   }
   model_dir.write(
     path,

@@ -13,7 +13,7 @@ from alignjax.cli import merge as merging
 from alignjax.core import tree
 from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
-from alignjax.merge import deferred, driver, planning
+from alignjax.merge import driver, planning
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.system import metrics, model_dir
@@ -165,13 +165,13 @@ def test_a_resumed_run_is_the_same_and_merges_what_is_fixed(
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
   shutil.rmtree(tmp_path / 'run' / 'model')
   merged = []
-  onto = deferred.onto
+  onto = placed.onto
 
   def noted(model, *rest):
     merged.append(model.merge.method.name)
     return onto(model, *rest)
 
-  monkeypatch.setattr(deferred, 'onto', noted)
+  monkeypatch.setattr(placed, 'onto', noted)
   assert run(train, tmp_path, settings(where, liti(where))) == 0
   # The reference is a copy of the init: it is in no checkpoint.
   assert sorted(merged) == ['linear', 'liti']
@@ -204,7 +204,7 @@ def test_what_a_checkpoint_holds_is_not_merged_again(
   def fail(*rest):
     raise AssertionError('merged again')
 
-  monkeypatch.setattr(deferred, 'onto', fail)
+  monkeypatch.setattr(placed, 'onto', fail)
   assert run(train, tmp_path, config) == 0
   assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == before
   # Without checkpoints it begins again.

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 
 
@@ -19,7 +19,7 @@ def test_named_and_nested_are_inverse(params):
   leaves = tree.named(params)
   assert set(leaves) == {'layer_0/attn/q', 'embed'}
   assert leaves['embed'] is params['embed']
-  back = tree.nested(leaves)
+  back = naming.nested(leaves)
   assert back['layer_0']['attn']['q'] is params['layer_0']['attn']['q']
   assert set(back) == set(params)
 
@@ -31,10 +31,10 @@ def test_map_named_sees_names_and_all_trees(params):
 
 def test_lookup_first_full_match_wins():
   table = [('layer_.*/q', 1), ('layer_.*', 2), ('embed', 3)]
-  assert tree.lookup(table, 'layer_0/attn/q', 'lr') == 1
-  assert tree.lookup(table, 'layer_0/attn/k', 'lr') == 2
+  assert naming.lookup(table, 'layer_0/attn/q', 'lr') == 1
+  assert naming.lookup(table, 'layer_0/attn/k', 'lr') == 2
   with pytest.raises(UserError, match="lr: no rule matches .*'embedding'"):
-    tree.lookup(table, 'embedding', 'lr')
+    naming.lookup(table, 'embedding', 'lr')
 
 
 def test_lerp_is_exact_at_both_ends(params):

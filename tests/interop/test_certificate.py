@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming
 from alignjax.interop import certificate, probe
 from alignjax.interop.open import open as open_
 from alignjax.models import decoder
@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_whole_model(tmp_path, monkeypatch, family):
   what = probe.probe(40)
   parts = list(probe.logits(a, what, 40))
   assert [x.shape[-1] for x in parts] == [16, 16, 8]
-  params = tree.nested({name: jnp.asarray(a.load(name)) for name in a.leaves})
+  params = naming.nested({name: jnp.asarray(a.load(name)) for name in a.leaves})
   expected = jax.jit(decoder.apply, static_argnums=0)(
     a.config,
     decoder.stacked(a.config, params),

@@ -3,14 +3,14 @@ import errno
 import json
 import shutil
 
-import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop import deepmind
 from alignjax.models import preset
 from alignjax.system import leaf_files, model_dir
@@ -43,7 +43,7 @@ def same(opened, leaves):
 @pytest.mark.parametrize('family', trees.CONFIGS)
 def test_nested(tmp_path, family, kind):
   config, leaves, names = made(family)
-  opened = deepmind.read(trees.save(tmp_path / 'm', tree.nested(names), kind))
+  opened = deepmind.read(trees.save(tmp_path / 'm', naming.nested(names), kind))
   same(opened, leaves)
   assert opened.config == config
   assert opened.format == 'deepmind'
@@ -82,7 +82,7 @@ def test_stacked(tmp_path, family, pattern):
 
 def test_a_training_state_of_kauldron(tmp_path):
   _, leaves, names = made('gemma2')
-  params = tree.nested(names)
+  params = naming.nested(names)
   state = {
     'params': params,
     'opt_state': ({'mu': params, 'count': np.int32(3)},),
@@ -126,7 +126,7 @@ def test_released_shapes_are_known(tmp_path, monkeypatch, name):
   names = trees.nested(small, leaves, transposed=True)
   del names['embedder/input_embedding']
   names['embedder/input_embedding'] = np.ones((40, 16), np.float32)
-  opened = deepmind.read(trees.save(tmp_path / 'm', tree.nested(names)))
+  opened = deepmind.read(trees.save(tmp_path / 'm', naming.nested(names)))
   assert opened.config == dataclasses.replace(small, vocab_size=40)
   assert opened.provenance['config'] == f'from shapes of {name}'
 
@@ -136,13 +136,13 @@ def test_either_orientation_of_gating(tmp_path):
   leaves = trees.leaves(config)
   for transposed in (False, True):
     names = trees.nested(config, leaves, transposed)
-    path = trees.save(tmp_path / str(transposed), tree.nested(names))
+    path = trees.save(tmp_path / str(transposed), naming.nested(names))
     same(deepmind.read(path), leaves)
 
 
 def test_the_window_can_be_told(tmp_path):
   _, _, names = made('griffin')
-  path = trees.save(tmp_path / 'm', tree.nested(names))
+  path = trees.save(tmp_path / 'm', naming.nested(names))
   assert deepmind.read(path).config.span == 2049
   assert deepmind.read(path, window_self=True).config.span == 2048
 
@@ -152,7 +152,7 @@ def test_every_wrong_tensor_is_listed_at_once(tmp_path):
   del names['layer_1/attn/kv_einsum/w']
   names['layer_2/mlp/linear'] = np.ones((7, 16), np.float32)
   names['layer_3/attn/_query_norm/bias'] = np.ones(3, np.float32)
-  path = trees.save(tmp_path / 'm', tree.nested(names))
+  path = trees.save(tmp_path / 'm', naming.nested(names))
   with pytest.raises(UserError) as error:
     deepmind.read(path)
   for part in (
@@ -166,7 +166,7 @@ def test_every_wrong_tensor_is_listed_at_once(tmp_path):
 def test_other_architectures_are_refused(tmp_path):
   _, _, names = made('gemma3')
   names['embedder/per_layer_embeddings'] = np.ones((2, 2), np.float32)
-  path = trees.save(tmp_path / 'm', tree.nested(names))
+  path = trees.save(tmp_path / 'm', naming.nested(names))
   with pytest.raises(UserError, match='no Gemma.*embedder/per_layer_embedd'):
     deepmind.read(path)
   path = trees.save(tmp_path / 'n', {'w': np.ones(3)})
@@ -176,7 +176,7 @@ def test_other_architectures_are_refused(tmp_path):
 
 def test_a_damaged_array_is_named(tmp_path):
   _, _, names = made('gemma2')
-  path = trees.save(tmp_path / 'm', tree.nested(names), 'zarr')
+  path = trees.save(tmp_path / 'm', naming.nested(names), 'zarr')
   opened = deepmind.read(path)
   folder = path / 'layer_1.mlp.linear'
   chunk = next(f for f in folder.iterdir() if not f.name.startswith('.'))
@@ -190,7 +190,7 @@ def test_a_damaged_array_is_named(tmp_path):
 
 def test_a_tokenizer_may_lie_beside_a_release(tmp_path):
   _, _, names = made('gemma1')
-  path = trees.save(tmp_path / '2b', tree.nested(names))
+  path = trees.save(tmp_path / '2b', naming.nested(names))
   (tmp_path / 'tokenizer.model').write_bytes(b'x')
   (path / 'tokenizer_config.json').write_text('{}')
   opened = deepmind.read(path)
@@ -229,7 +229,7 @@ def test_what_is_written_is_a_released_tree(
 def test_a_tree_is_written_as_it_was_read(tmp_path):
   config, leaves, _ = made('gemma2')
   odd = trees.nested(config, leaves, transposed=False)
-  path = trees.save(tmp_path / 'm', tree.nested(odd))
+  path = trees.save(tmp_path / 'm', naming.nested(odd))
   opened = deepmind.read(path)
   write(tmp_path / 'o', config, leaves, provenance=opened.provenance)
   restored = tree.named(ocp.PyTreeCheckpointer().restore(tmp_path / 'o'))
@@ -255,7 +255,7 @@ def test_an_unfinished_tree_is_none(tmp_path, monkeypatch):
 
 def test_only_our_own_are_overwritten(tmp_path):
   config, leaves, names = made('gemma1')
-  path = trees.save(tmp_path / 'm', tree.nested(names))
+  path = trees.save(tmp_path / 'm', naming.nested(names))
   for overwrite in (False, True):
     with pytest.raises(UserError, match='exists'):
       write(path, config, leaves, overwrite=overwrite)
@@ -278,10 +278,10 @@ def test_a_broken_side_file_is_refused(tmp_path):
 
 def test_shapes_come_without_weights(tmp_path):
   _, _, names = made('gemma2')
-  path = trees.save(tmp_path / 'm', tree.nested(names), 'zarr')
+  path = trees.save(tmp_path / 'm', naming.nested(names), 'zarr')
   for chunk in path.glob('layer_*/[0-9]*'):
     chunk.unlink()
-  assert deepmind.read(path).leaves['layer_0/attn/q'] == jax.ShapeDtypeStruct(
+  assert deepmind.read(path).leaves['layer_0/attn/q'] == Spec(
     (16, 4, 8), np.float32
   )
   shutil.rmtree(path / 'layer_0.mlp.linear')

@@ -4,11 +4,11 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop import hf
 from tests.interop import hf_tiny
 from tests.interop.hf_tiny import VISION, D, F, H, K, N, V
@@ -240,10 +240,9 @@ def test_another_dtype_and_other_rows_are_said_in_the_config(tmp_path):
     **{**opened.config.__dict__, 'vocab_size': V + 4}
   )
   leaves = {
-    name: jax.ShapeDtypeStruct(spec.shape, np.float32)
-    for name, spec in opened.leaves.items()
+    name: Spec(spec.shape, np.float32) for name, spec in opened.leaves.items()
   }
-  leaves['embedding'] = jax.ShapeDtypeStruct((V + 4, D), np.float32)
+  leaves['embedding'] = Spec((V + 4, D), np.float32)
   source = opened.provenance['source']
   with hf.writer(tmp_path / 'b', config, leaves, source=source) as put:
     for name, spec in leaves.items():

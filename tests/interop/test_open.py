@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming
 from alignjax.core.errors import UserError
 from alignjax.interop import hf
 from alignjax.interop.open import open as open_
@@ -19,7 +19,7 @@ LEAVES = trees.leaves(CONFIG)
 def ours(path, **more):
   arguments = {
     'config': to_json(CONFIG),
-    'params': {'policy': tree.nested(LEAVES)},
+    'params': {'policy': naming.nested(LEAVES)},
     'provenance': {'by': 'test'},
   }
   model_dir.write(path, **(arguments | more))
@@ -27,7 +27,7 @@ def ours(path, **more):
 
 
 def hugging_face(path):
-  from jax import ShapeDtypeStruct as Spec
+  from alignjax.core.spec import Spec
 
   specs = {name: Spec(x.shape, x.dtype) for name, x in LEAVES.items()}
   with hf.writer(path, CONFIG, specs) as put:
@@ -38,7 +38,7 @@ def hugging_face(path):
 
 def deepmind(path):
   names = trees.nested(CONFIG, LEAVES, transposed=True)
-  return trees.save(path, tree.nested(names))
+  return trees.save(path, naming.nested(names))
 
 
 @pytest.mark.parametrize(

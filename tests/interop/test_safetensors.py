@@ -2,13 +2,13 @@ import json
 import struct
 import weakref
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as peer
 
 from alignjax.core.errors import UserError
+from alignjax.core.spec import Spec
 from alignjax.interop import safetensors
 
 BF16 = ml_dtypes.bfloat16
@@ -31,7 +31,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def specs(values):
-  return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in values.items()}
+  return {k: Spec(x.shape, x.dtype) for k, x in values.items()}
 
 
 def raw(header, data: bytes = b'') -> bytes:
@@ -127,7 +127,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
   ],
 )
 def test_writer_is_held_to_its_announcement(tmp_path, puts, message):
-  announced = {'a': jax.ShapeDtypeStruct((2,), np.float32)}
+  announced = {'a': Spec((2,), np.float32)}
   with pytest.raises(ValueError, match=message):
     with safetensors.writer(tmp_path, announced) as put:
       for name, x in puts:

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alignjax.core import tree
-from alignjax.models import decoder
 from alignjax.models.gemma import gemma
 from alignjax.models.recurrentgemma import recurrentgemma
+from alignjax.models.shapes import shapes
 
 SIZES = dict(vocab_size=40, width=16, hidden=24, heads=4, head_dim=8)
 CONFIGS = {
@@ -31,10 +30,9 @@ CONFIGS = {
 def leaves(config, seed=0, dtype=np.float32):
   """Canonical leaves of a decoder, none of them 0."""
   draw = np.random.default_rng(seed).normal
-  shapes = tree.named(decoder.shapes(config))
   return {
     name: (draw(size=x.shape) * 0.3).astype(dtype)
-    for name, x in sorted(shapes.items())
+    for name, x in sorted(shapes(config).items())
   }
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
-from alignjax.merge import deferred, driver, inputs, planning
+from alignjax.core.spec import Spec
+from alignjax.merge import deferred, driver, inputs, placed, planning
 from alignjax.models import decoder, sharding
 from alignjax.models.config import to_json
+from alignjax.models.shapes import shapes as shapes_of
 from alignjax.system import mesh as meshes
 from alignjax.system import model_dir
 from tests import tiny
@@ -24,9 +26,9 @@ def write(
 ):
   config = config or tiny.config()
   draw = np.random.default_rng(seed).normal
-  shapes = tree.named(decoder.shapes(config))
+  shapes = shapes_of(config)
   if head != 'tied':
-    shapes['scalar_head'] = jax.ShapeDtypeStruct((config.width, 1), 'f4')
+    shapes['scalar_head'] = Spec((config.width, 1), 'f4')
   params = {
     name: np.asarray(0.1 * draw(size=spec.shape), dtype)
     for name, spec in shapes.items()
@@ -34,7 +36,7 @@ def write(
   return model_dir.write(
     path,
     config=to_json(config),
-    params={'policy': tree.nested(params)},
+    params={'policy': naming.nested(params)},
     provenance=provenance or {},
     head=head,
   )
@@ -127,7 +129,7 @@ def test_on_a_mesh_it_is_the_streamed_merge(where, tmp_path, name, devices):
   spec = specs(where)[name]
   mesh = meshes.make({'fsdp': -1}, jax.devices()[:devices])
   layout = functools.partial(decoder.stacked, tiny.config())
-  found = deferred.onto(deferred.opened(spec), layout, sharding.TABLE, mesh)
+  found = placed.onto(deferred.opened(spec), layout, sharding.TABLE, mesh)
   for x in jax.tree.leaves(found):
     assert len(x.sharding.device_set) == devices
   if devices > 1:
@@ -143,7 +145,7 @@ def test_on_a_mesh_it_is_the_same_bits_again(where):
   mesh = meshes.make({'fsdp': -1}, jax.devices()[:4])
   layout = functools.partial(decoder.stacked, tiny.config())
   one, two = (
-    deferred.onto(
+    placed.onto(
       deferred.opened(liti(where, slerp(where))), layout, sharding.TABLE, mesh
     )
     for _ in range(2)
@@ -160,13 +162,13 @@ def test_arithmetic_is_float32_and_the_dtype_what_is_said(tmp_path):
     spec = slerp(tmp_path, dtype=dtype)
     found = deferred.opened(spec)
     out = streamed(spec, tmp_path / f'out_{dtype}')
-    placed = deferred.onto(found, layout, sharding.TABLE, mesh)
-    placed = tree.named(decoder.canonical(jax.device_get(placed)))
+    there = placed.onto(found, layout, sharding.TABLE, mesh)
+    there = tree.named(decoder.canonical(jax.device_get(there)))
     close = 1e-6 if dtype == 'float32' else 2**-8  # one bit of bfloat16
     for leaf, x in leaves(out).items():
-      assert found.load(leaf).dtype == placed[leaf].dtype == x.dtype
+      assert found.load(leaf).dtype == there[leaf].dtype == x.dtype
       np.testing.assert_array_equal(found.load(leaf), x)
-      x, y = (np.asarray(v, np.float32) for v in (x, placed[leaf]))
+      x, y = (np.asarray(v, np.float32) for v in (x, there[leaf]))
       np.testing.assert_allclose(y, x, atol=close * np.abs(x).max())
 
 
@@ -220,7 +222,7 @@ def test_on_a_mesh_only_the_result_is_ever_whole(tmp_path, monkeypatch):
   before = sum(x.nbytes for x in jax.live_arrays())
   monkeypatch.setattr(meshes, 'put', noted)
   layout = functools.partial(decoder.stacked, config)
-  deferred.onto(found, layout, sharding.TABLE, mesh)
+  placed.onto(found, layout, sharding.TABLE, mesh)
   # One copy, and a leaf each of three inputs and of the merge within.
   assert max(held) - before < 1.2 * sum(sizes)
 
@@ -270,7 +272,7 @@ def test_weights_that_cannot_be_merged_are_refused(where, tmp_path):
     model_dir.write(
       tmp_path / name,
       config=config,
-      params={'policy': tree.nested(of)},
+      params={'policy': naming.nested(of)},
       provenance={},
     )
   mesh = meshes.make({'fsdp': -1}, jax.devices()[:4])
@@ -283,7 +285,7 @@ def test_weights_that_cannot_be_merged_are_refused(where, tmp_path):
       spec = slerp(where, method=method, models=models)
       found = deferred.opened(spec)
       with pytest.raises(UserError, match=words):
-        deferred.onto(found, layout, sharding.TABLE, mesh)
+        placed.onto(found, layout, sharding.TABLE, mesh)
       with pytest.raises(UserError, match=words):
         for leaf in found.leaves:
           found.load(leaf)

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 from alignjax.data import tokenizer as tokenizers
-from alignjax.merge import driver, merge, planning
-from alignjax.models import decoder
+from alignjax.merge import driver, planning
+from alignjax.merge.memory import merge
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 CONFIG = gemma(
@@ -31,7 +32,7 @@ def params(seed, config=CONFIG, dtype=np.float32):
   draw = np.random.default_rng(seed).normal
   return jax.tree.map(
     lambda x: np.asarray(jnp.asarray(draw(size=x.shape), dtype)),
-    decoder.shapes(config),
+    naming.nested(shapes(config)),
   )
 
 

@@ -1,20 +1,23 @@
 """Models of different formats in one merge, and out in any of them."""
 
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
-from alignjax.merge import blocks, driver, inputs, merge, planning
-from alignjax.models import decoder
+from alignjax.merge import blocks, driver, inputs, planning
+from alignjax.merge.memory import merge
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
 from alignjax.models.preset import SHAPES
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 CONFIG = gemma(
@@ -42,10 +45,10 @@ def models(tmp_path_factory):
     draw = np.random.default_rng(seed).normal
     trees[seed] = {
       name: draw(size=x.shape).astype(BF16)
-      for name, x in tree.named(decoder.shapes(CONFIG)).items()
+      for name, x in shapes(CONFIG).items()
     }
     own = where / f'alignjax_{seed}'
-    params = {'policy': tree.nested(trees[seed])}
+    params = {'policy': naming.nested(trees[seed])}
     model_dir.write(own, config=to_json(CONFIG), params=params, provenance={})
     for to in FORMATS:
       paths[to, seed] = where / f'{to}_{seed}'
@@ -74,7 +77,7 @@ def test_formats_mix(models, tmp_path, monkeypatch, format, method, numbers):
   )
   assert what.outputs[0].to == format
   (result,) = driver.run(what)
-  base, *others = map(tree.nested, trees.values())
+  base, *others = map(naming.nested, trees.values())
   expected = tree.named(merge(method, base=base, models=others, **numbers))
   found = leaves_of(result)
   assert found.keys() == expected.keys()
@@ -160,7 +163,7 @@ def test_another_base_is_found_by_its_weights(models, tmp_path):
   model_dir.write(
     tmp_path / 'run',
     config=to_json(CONFIG),
-    params={'policy': tree.nested(trees[1])},
+    params={'policy': naming.nested(trees[1])},
     provenance={'init': {'checksum': own}},
   )
 
@@ -182,7 +185,7 @@ def test_another_base_is_found_by_its_weights(models, tmp_path):
 
 @pytest.mark.parametrize('shape', ['gemma2-2b', 'recurrentgemma-2b'])
 def test_linear_maps_lie_with_their_outputs_first(shape):
-  for name, spec in tree.named(decoder.shapes(SHAPES[shape])).items():
+  for name, spec in shapes(SHAPES[shape]).items():
     if not name.startswith(('layer_0/', 'layer_2/')):
       continue
     x = np.broadcast_to(np.float32(0), spec.shape)
@@ -199,3 +202,21 @@ def test_linear_maps_lie_with_their_outputs_first(shape):
     np.testing.assert_array_equal(back, x)
   first = inputs.outputs_first('layer_0/attn/q', small)
   np.testing.assert_array_equal(first[:, 0], small[0].reshape(-1))
+
+
+def test_merging_files_of_hugging_face_imports_no_jax(models, tmp_path):
+  paths, _ = models
+  code = (
+    'import sys\n'
+    'from alignjax.cli import merge\n'
+    'code = merge.main(sys.argv[1:])\n'
+    'assert not {"jax", "flax", "orbax", "optax"} & {*sys.modules}, "slow"\n'
+    'raise SystemExit(code)\n'
+  )
+  out = tmp_path / 'out'
+  given = [str(paths['hf', seed]) for seed in range(3)]
+  argv = ['slerp', '--base', given[0], '--models', *given[1:], '--t', '0.5']
+  subprocess.run(
+    [sys.executable, '-c', code, *argv, '--out', str(out)], check=True
+  )
+  assert leaves_of(out).keys() == leaves_of(given[0]).keys()

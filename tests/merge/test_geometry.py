@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.interop.open import open as open_model
 from alignjax.merge import blocks
 from alignjax.merge.geometry import geometry
-from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 CONFIG = gemma(
@@ -32,7 +32,7 @@ def test_geometry_is_that_of_the_definitions(tmp_path, monkeypatch, items):
     trees.append(
       jax.tree.map(
         lambda x, draw=draw: draw(size=x.shape).astype('f4'),
-        decoder.shapes(CONFIG),
+        naming.nested(shapes(CONFIG)),
       )
     )
     if seed:  # some items have not moved

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming
 from alignjax.core.errors import UserError
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
 from alignjax.merge import lora
-from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 CONFIG = gemma(
@@ -29,7 +29,7 @@ CONFIG = gemma(
 
 
 def write(path, weights):
-  params = {'policy': tree.nested(weights)}
+  params = {'policy': naming.nested(weights)}
   model_dir.write(path, config=to_json(CONFIG), params=params, provenance={})
   return open_model(path)
 
@@ -38,8 +38,7 @@ def write(path, weights):
 def base(tmp_path):
   draw = np.random.default_rng(0).normal
   weights = {
-    name: draw(size=x.shape).astype('f4')
-    for name, x in tree.named(decoder.shapes(CONFIG)).items()
+    name: draw(size=x.shape).astype('f4') for name, x in shapes(CONFIG).items()
   }
   return write(tmp_path / 'base', weights), weights
 

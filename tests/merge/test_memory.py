@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
-from alignjax.merge import merge
 from alignjax.merge.gram import task_gram
+from alignjax.merge.memory import merge
 from alignjax.merge.methods.slerp import coefficients, slerp
 
 
@@ -119,7 +119,7 @@ def test_sharded_is_streamed(method, numbers, jitted):
   def wide(seed):
     draw = np.random.default_rng(seed).normal
     shapes = {'embedding': (64, 8), 'layer_0/attn/q': (8, 4, 2)}
-    return tree.nested(
+    return naming.nested(
       {name: draw(size=s).astype('f4') for name, s in shapes.items()}
     )
 

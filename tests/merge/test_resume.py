@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from alignjax.core import naming
 from alignjax.core.journal import Journal, Put, checksum
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
 from alignjax.merge import driver, inputs, planning
-from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 CONFIG = gemma(
@@ -37,7 +38,7 @@ def paths(request, tmp_path, monkeypatch):
     draw = np.random.default_rng(seed).normal
     weights = jax.tree.map(
       lambda x, draw=draw: draw(size=x.shape).astype('f4'),
-      decoder.shapes(CONFIG),
+      naming.nested(shapes(CONFIG)),
     )
     model_dir.write(
       tmp_path / f'own_{seed}',

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
-from alignjax.merge import driver, merge, method, planning, rules, search
-from alignjax.models import decoder
+from alignjax.merge import driver, method, planning, rules, search
+from alignjax.merge.memory import merge
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 SLERP, TIES = method.method('slerp'), method.method('ties')
@@ -154,7 +155,7 @@ def test_rules_in_memory_are_those_of_the_stream(
         lambda x, draw=draw: np.asarray(
           jax.numpy.asarray(draw(size=x.shape), dtype)
         ),
-        decoder.shapes(CONFIG),
+        naming.nested(shapes(CONFIG)),
       )
     )
     model_dir.write(

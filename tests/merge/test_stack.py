@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from alignjax import api
-from alignjax.core import tree
+from alignjax.core import naming
 from alignjax.core.errors import UserError
 from alignjax.interop import convert
 from alignjax.interop.open import open as open_model
 from alignjax.merge import stack
-from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.models.gemma import gemma
+from alignjax.models.shapes import shapes
 from alignjax.system import model_dir
 
 CONFIG = gemma(
@@ -36,10 +36,10 @@ def models(tmp_path):
     draw = np.random.default_rng(seed).normal
     weights = {
       name: draw(size=x.shape).astype('f4') / 4
-      for name, x in tree.named(decoder.shapes(CONFIG)).items()
+      for name, x in shapes(CONFIG).items()
     }
     path = tmp_path / str(seed)
-    params = {'policy': tree.nested(weights)}
+    params = {'policy': naming.nested(weights)}
     model_dir.write(path, config=to_json(CONFIG), params=params, provenance={})
     out.append(open_model(path))
   return out

@@ -3,13 +3,13 @@
 import functools
 import math
 
-import jax
 import pytest
 
-from alignjax.core import lookup, tree
+from alignjax.core import lookup, naming
 from alignjax.core.errors import UserError
-from alignjax.models import decoder, preset
+from alignjax.models import preset
 from alignjax.models.config import from_json, to_json
+from alignjax.models.shapes import shapes
 from alignjax.models.sharding import TABLE
 
 # name: layers, width, heads, kv_heads, head_dim, hidden, rows, global layers,
@@ -50,7 +50,7 @@ PRINTED = {
 
 @functools.cache
 def leaves_of(name):
-  return tree.named(decoder.shapes(preset.SHAPES[name]))
+  return shapes(preset.SHAPES[name])
 
 
 def gemma_shapes(name):
@@ -162,10 +162,5 @@ def test_a_config_takes_a_preset_by_name():
 )
 def test_the_sharding_table_names_every_leaf(name):
   for leaf, spec in leaves_of(name).items():
-    axes = tree.lookup(TABLE, leaf, 'TABLE')
+    axes = naming.lookup(TABLE, leaf, 'TABLE')
     assert len(axes) == len(spec.shape)
-
-
-def test_shapes_cost_no_memory():
-  for leaf in leaves_of('gemma3-27b').values():
-    assert isinstance(leaf, jax.ShapeDtypeStruct)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming
 from alignjax.core.errors import UserError
 from alignjax.data.segments import segments
 from alignjax.interop import open as files_of
@@ -113,7 +113,7 @@ def test_it_is_written_and_opened_as_what_it_is(tmp_path):
   )
   found = files_of.open(tmp_path / 'encoder', head='embedding')
   assert found.leaves['embedding_head'].shape == (32, 8)
-  again = tree.nested({name: found.load(name) for name in found.leaves})
+  again = naming.nested({name: found.load(name) for name in found.leaves})
   jax.tree.map(
     np.testing.assert_array_equal, decoder.stacked(config, again), params
   )

@@ -8,7 +8,7 @@ from alignjax import train
 from alignjax.core import tree
 from alignjax.core.errors import UserError
 from alignjax.core.types import Follow
-from alignjax.merge import merge
+from alignjax.merge.memory import merge
 from alignjax.recipes.warp import warp
 from alignjax.stages.rollout import enumerate_arms
 from alignjax.step import init_state, make_step

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import alignjax as aj
 from alignjax.api import LoadedModel
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.models import decoder
 from alignjax.policies import lm
 from alignjax.policies.sample import sample
@@ -65,7 +65,7 @@ def deepmind(folder, golden: Golden, tensors) -> Path:
   """An Orbax tree, nested as the linen module's parameters are."""
   del golden
   with ocp.StandardCheckpointer() as saver:
-    saver.save(folder, tree.nested(tensors))
+    saver.save(folder, naming.nested(tensors))
   return folder
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.models import decoder
 from alignjax.models.config import Config
+from alignjax.models.shapes import shapes
 from alignjax.policies import lm
 from tests.golden import weights
 
@@ -78,10 +79,10 @@ def parameters(family):
   Matrices are smaller than in the golden models: with theirs, half a unit in
   the last place of the weights alone can move a logit by 2e-5.
   """
-  shapes = tree.named(decoder.shapes(CONFIGS[family]))
-  values = weights.tree(5, {name: x.shape for name, x in shapes.items()})
+  specs = shapes(CONFIGS[family])
+  values = weights.tree(5, {name: x.shape for name, x in specs.items()})
   gentle = {name: x * 0.6 if x.ndim > 1 else x for name, x in values.items()}
-  return jax.tree.map(jnp.asarray, tree.nested(gentle))
+  return jax.tree.map(jnp.asarray, naming.nested(gentle))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from alignjax.cli import facts
-from alignjax.core import tree
 from alignjax.core.errors import UserError
 from alignjax.interop.open import open as open_model
 from alignjax.merge.geometry import geometry as measured
-from alignjax.models import decoder
 from alignjax.models.config import to_json
+from alignjax.models.shapes import shapes
 from alignjax.report import geometry, ink, read, report
 from alignjax.system import model_dir
 from tests import tiny
@@ -25,7 +24,7 @@ NAMES = ['embedding', 'layer_0', 'layer_1', 'final_norm']
 def write(folder, make):
   """A model whose leaves are make(index of the item in all weights)."""
   leaves, begun = {}, 0
-  for name, leaf in tree.named(decoder.shapes(CONFIG)).items():
+  for name, leaf in shapes(CONFIG).items():
     index = np.arange(begun, begun + leaf.size).reshape(leaf.shape)
     leaves[name], begun = np.float32(make(index)), begun + leaf.size
   model_dir.write(

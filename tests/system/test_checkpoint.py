@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alignjax.core import tree
+from alignjax.core import naming, tree
 from alignjax.core.errors import UserError
 from alignjax.core.types import TrainState
 from alignjax.system import checkpoint
@@ -47,7 +47,7 @@ def make(mesh=None, seed=0, **changes):
     return state
 
   def place(name, x):
-    spec = tree.lookup(TABLE, name, 'table') or (None,) * x.ndim
+    spec = naming.lookup(TABLE, name, 'table') or (None,) * x.ndim
     spec = [axis if axis in mesh.shape else None for axis in spec[: x.ndim]]
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 

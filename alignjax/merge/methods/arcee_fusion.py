@@ -7,9 +7,10 @@ weights of one output, has moved.
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays, select
+from alignjax.merge.arrays import Array
 from alignjax.merge.method import merging
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.election import added, elected
 from alignjax.merge.method import COUNT, FACTOR, SHARE, merging
 

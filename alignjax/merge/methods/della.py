@@ -8,10 +8,11 @@ is divided by its own probability, so that the expectation is the task vector.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.election import added, elected
 from alignjax.merge.method import COUNT, FACTOR, SHARE, merging
 

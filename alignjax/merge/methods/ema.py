@@ -6,8 +6,9 @@ of checkpoints that are there already.
 
 from collections.abc import Sequence
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.method import RATE, merging
 

@@ -8,12 +8,12 @@ the M x M inner products of the models are all that is read of the weights.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import full_gram
 from alignjax.merge.method import Pass, merging
@@ -28,7 +28,7 @@ def coefficients(
   stats: Any = None,
   *,
   weights: Sequence[float] | None = None,
-) -> Float[Array, 'M']:
+) -> Float[Array, ' M']:
   """Weight of each model: that of the mean direction times the mean norm."""
   del stats
   shares = normalised(weights, len(gram))
@@ -49,7 +49,7 @@ def karcher(
   base: Float[Array, '...'],
   leaves: Sequence[Float[Array, '...']],
   *,
-  stats: Float[Array, 'M'],
+  stats: Float[Array, ' M'],
   weights: Sequence[float] | None = None,
 ) -> Float[Array, '...']:
   """sum_m c_m leaf_m, (mean norm) times the Karcher mean of leaf_m / |leaf_m|.
@@ -92,6 +92,8 @@ def _mean(point: Any, weights: Any, cosines: Any) -> Any:
   def onward(state: Any) -> Any:
     count, _, point = state
     return count + 1, point, step(point, weights, cosines)
+
+  import jax  # for its own arrays only
 
   first = step(point, weights, cosines)
   return jax.lax.while_loop(going, onward, (1, point, first))[2]

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.method import RATE, merging
 

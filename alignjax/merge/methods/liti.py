@@ -6,8 +6,9 @@ the SFT model for the final front, is the caller's choice of base.
 
 from collections.abc import Sequence
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.method import RATE, merging
 

@@ -7,9 +7,10 @@ the plane of base and models follows from the angle between task vectors alone.
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import recorded, task_gram
 from alignjax.merge.method import Pass, merging

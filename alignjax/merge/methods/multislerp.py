@@ -8,8 +8,9 @@ the norms. See goddard.blog/posts/multislerp-wow-what-a-cool-idea.
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import recorded, task_gram
 from alignjax.merge.method import Pass, merging
@@ -22,7 +23,7 @@ def coefficients(
   stats: Any = None,
   *,
   weights: Sequence[float] | None = None,
-) -> Float[Array, 'M']:
+) -> Float[Array, ' M']:
   """Weight of each task vector in the merge; 0 for those that are 0."""
   del stats
   shares = normalised(weights, len(gram))
@@ -43,7 +44,7 @@ def multislerp(
   base: Float[Array, '...'],
   leaves: Sequence[Float[Array, '...']],
   *,
-  stats: Float[Array, 'M'],
+  stats: Float[Array, ' M'],
   weights: Sequence[float] | None = None,
 ) -> Float[Array, '...']:
   """base + |delta| exp_p(sum_m w_m log_p(delta_m / |delta_m|)).

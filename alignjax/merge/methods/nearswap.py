@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.method import Range, merging
 
 

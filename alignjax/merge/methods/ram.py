@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.election import moved
 from alignjax.merge.method import Range, merging
 

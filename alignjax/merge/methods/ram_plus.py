@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.election import moved
 from alignjax.merge.method import Pass, Range, merging
 from alignjax.merge.methods.ram import EPSILON, changed, shares
@@ -44,7 +45,7 @@ def sharing(
 
 def settle(
   total: Any, stats: Any, *, r: Any, alpha: Any, **numbers
-) -> Float[Array, 'M']:
+) -> Float[Array, ' M']:
   """1 + r min(alpha, shared / unique) of each model.
 
   The ratio of a model with nothing unique is infinite.
@@ -88,7 +89,7 @@ def ram_plus(
   base: Float[Array, '...'],
   leaves: Sequence[Float[Array, '...']],
   *,
-  stats: Float[Array, 'M'],
+  stats: Float[Array, ' M'],
   epsilon: float,
   r: float,
   alpha: float,

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.core.errors import UserError
 from alignjax.merge import arrays
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import arc, recorded, task_gram
 from alignjax.merge.method import RATE, Pass, merging
@@ -22,7 +23,7 @@ from alignjax.merge.method import RATE, Pass, merging
 
 def coefficients(
   gram: Float[Array, 'M M'], stats: Any = None, *, t: float | None = None
-) -> Float[Array, 'M']:
+) -> Float[Array, ' M']:
   """Weight of each task vector in the merge; see `slerp` for `t`."""
   del stats
   xp, models = arrays.namespace(gram), len(gram)
@@ -66,7 +67,7 @@ def slerp(
   base: Float[Array, '...'],
   leaves: Sequence[Float[Array, '...']],
   *,
-  stats: Float[Array, 'M'],
+  stats: Float[Array, ' M'],
   t: float | None = None,
 ) -> Float[Array, '...']:
   """(1 - sum_m w_m) base + sum_m w_m leaf_m on the arc of the task vectors.

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from alignjax.merge.arrays import Array
 from alignjax.merge.combination import weighted_sum
 from alignjax.merge.gram import arc, full_gram, recorded
 from alignjax.merge.method import RATE, Pass, merging

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from alignjax.merge.arrays import Array
 from alignjax.merge.election import added
 from alignjax.merge.method import FACTOR, merging
 

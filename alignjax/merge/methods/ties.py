@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from alignjax.merge import arrays, select
+from alignjax.merge.arrays import Array
 from alignjax.merge.election import elected
 from alignjax.merge.method import FACTOR, SHARE, merging
 
