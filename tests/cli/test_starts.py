@@ -13,7 +13,7 @@ from alignjax.cli import merge as merging
 from alignjax.core import tree
 from alignjax.core.errors import UserError
 from alignjax.core.lookup import defaults
-from alignjax.merge import driver, planning
+from alignjax.merge import driver, placed, planning
 from alignjax.models import decoder
 from alignjax.models.config import to_json
 from alignjax.system import metrics, model_dir
