@@ -7,6 +7,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_force_host_platform_device_count=4 '
+  # Programs of tests are small: compiling them is what takes time.
+  '--xla_backend_optimization_level=0 '
   '--xla_cpu_collective_call_terminate_timeout_seconds=600',
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
