@@ -1,15 +1,23 @@
-"""Test-wide settings: strict shapes, full float32, quiet fake devices."""
+"""Test-wide settings: quiet fake devices, programs that compile fast."""
 
+import gc
 import os
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Most of the time of the tests is compiling: these programs are small and run
+# a few times, so that what makes them fast is not worth its while.
+FAST = (
+  '--xla_backend_optimization_level=1 '
+  '--xla_cpu_use_fusion_emitters=false '
+  '--xla_cpu_parallel_codegen_split_count=1'
+)
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_force_host_platform_device_count=4 '
-  # Programs of tests are small: compiling them is what takes time.
-  '--xla_backend_optimization_level=0 '
-  '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+  f'--xla_cpu_collective_call_terminate_timeout_seconds=600 {FAST}',
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
@@ -18,3 +26,11 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 CACHE = Path(__file__).parents[1] / '.pytest_cache' / 'jax'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def settled():
+  """What outlives a module is traced programs; the collector skips them."""
+  yield
+  gc.collect()
+  gc.freeze()
