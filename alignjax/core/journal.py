@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+NAME = '.finished'
 _PAGE = 512  # uint64 of a page of 4 KiB
 
 
@@ -39,14 +40,14 @@ class Put(NamedTuple):
 
 
 class Journal:
-  """Names of what is finished, with the checksum of each.
+  """Names of what is finished in a directory, with the checksum of each.
 
   Attributes:
     found: what an earlier process has finished, by name.
   """
 
-  def __init__(self, file: Any):
-    self._file = Path(file)
+  def __init__(self, directory: Any):
+    self._file = Path(directory) / NAME
     self.found: dict[str, str] = dict(_lines(self._file))
 
   def confirm(self, checksum: Callable[[str], str | None]) -> None:

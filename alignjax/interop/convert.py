@@ -235,8 +235,8 @@ def _dtype(stored: Any, dtype: str) -> np.dtype:
 def writer(what: Plan, task: str = '') -> Iterator[Put]:
   """put(name, array) of the destination's format.
 
-  After an interruption the same `task` continues, where the format can: names
-  in `put.finished` are there.
+  After an interruption the same `task` continues: names in `put.finished` are
+  there.
   """
   common: dict[str, Any] = dict(
     files=what.source.files, overwrite=what.overwrite
@@ -264,9 +264,10 @@ def writer(what: Plan, task: str = '') -> Iterator[Put]:
       what.config,
       provenance=provenance,
       needed_bytes=what.bytes,
+      task=task,
       **common,
     ) as put:
-      yield Put(put)
+      yield put
   else:
     source: Mapping[str, Any] = provenance.get('source', {})
     if source.get('format') != 'hf':

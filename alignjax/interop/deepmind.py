@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from etils import epath
 
 from alignjax.core import directory
 from alignjax.core.errors import UserError
+from alignjax.core.journal import Journal, Put
 from alignjax.core.spec import Spec
 from alignjax.interop import (
   deepmind_config,
@@ -276,13 +277,15 @@ def writer(
   files: Sequence[epath.PathLike] = (),
   needed_bytes: int = 0,
   overwrite: bool = False,
-) -> Iterator[Callable[[str, Any], None]]:
+  task: str = '',
+) -> Iterator[Put]:
   """Writes a checkpoint leaf by leaf, nested: yields put(name, array).
 
   A name is canonical, or a nested name of an `Opened.extra`. Holds at most
   model_dir.PART_BYTES, the tensors that wait for their other parts, and one
   leaf. The directory appears when the block ends; after an error there is
-  none, and an old one is untouched.
+  none, and an old one is untouched. After an interruption the same `task`
+  continues: leaves of tensors that are whole are in `put.finished`.
   """
   path = epath.Path(path)
   check_free(path, overwrite)
@@ -295,9 +298,9 @@ def writer(
     ),
     fused=kept.get('fused', config.heads == config.kv_heads),
   )
-  with directory.replaced(path, needed_bytes) as partial:
-    assembly = _Assembly(partial, pieces)
-    yield assembly.put
+  with directory.replaced(path, needed_bytes, task) as partial:
+    assembly = _Assembly(partial, pieces, Journal(partial) if task else None)
+    yield Put(assembly.put, assembly.finished)
     assembly.finish()
     for file in map(epath.Path, files):
       file.copy(partial / file.name)
@@ -310,15 +313,31 @@ def writer(
 
 
 class _Assembly:
-  """Canonical leaves on their way into whole tensors on disk."""
+  """Canonical leaves on their way into whole tensors on disk.
+
+  Attributes:
+    finished: leaves of the tensors that an earlier process has written.
+  """
 
   def __init__(
-    self, folder: epath.Path, pieces: Mapping[str, deepmind_names.Piece]
+    self,
+    folder: epath.Path,
+    pieces: Mapping[str, deepmind_names.Piece],
+    journal: Journal | None,
   ):
     self._folder = folder
-    self._waiting = dict(pieces)
+    self._journal = journal
     self._begun: dict[str, np.ndarray] = {}
     self._whole: dict[str, np.ndarray] = {}
+    self._waiting = dict(pieces)
+    self.finished: frozenset[str] = frozenset()
+    if journal is not None:
+      journal.confirm(lambda tensor: leaf_files.checksum(folder, tensor))
+      leaf_files.keep(folder, journal.found)
+      written = {k for k, p in pieces.items() if p.tensor in journal.found}
+      extra = filter(_EXTRA.match, journal.found)
+      self.finished = frozenset({*written, *extra})
+      self._waiting = {k: p for k, p in pieces.items() if k not in written}
 
   def put(self, name: str, array: Any) -> None:
     array = np.asarray(array)
@@ -351,6 +370,8 @@ class _Assembly:
     if self._waiting:
       raise ValueError(f'leaves that never came: {sorted(self._waiting)}')
     self._flush()
+    if self._journal is not None:
+      self._journal.remove()
 
   def _add(self, tensor: str, array: np.ndarray) -> None:
     self._whole[tensor] = array
@@ -361,6 +382,9 @@ class _Assembly:
   def _flush(self) -> None:
     if self._whole:
       leaf_files.save(self._folder, self._whole, model_dir.PART_BYTES)
+      if self._journal is not None:
+        for tensor, array in self._whole.items():
+          self._journal.add(tensor, leaf_files.crc32(array))
     self._whole.clear()
 
 

@@ -25,7 +25,6 @@ SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 HEADER_BYTES = 100_000_000  # the format's own limit
 SHARD_BYTES = 4 * 10**9
-_JOURNAL = '.finished'
 
 # From narrow to wide: files hold the widest tensors first, which aligns them.
 DTYPES = {
@@ -240,7 +239,7 @@ def _continued(
       return None
     return journal.checksum(data)
 
-  book = Journal(directory / _JOURNAL)
+  book = Journal(directory)
   book.confirm(checksum)
   return book
 

@@ -133,6 +133,21 @@ def bits(x: Any) -> Any:
   return x.view(np.uint32)
 
 
+def ranks(x: Any) -> Any:
+  """float32 ranks 0, 1, ... of float32 `x` >= 0 in its row; ties by place."""
+  xp, columns = namespace(x), x.shape[-1]
+  if xp is not np:
+    order = xp.argsort(x, axis=-1, stable=True)
+    return xp.argsort(order, axis=-1).astype(xp.float32)
+  # Whole numbers of an item and its place: they sort five times as fast.
+  keys = bits(x).astype(np.uint64) << 32 | np.arange(columns, dtype=np.uint64)
+  keys.sort(axis=-1)
+  out = np.empty(x.shape, np.float32)
+  rank = np.broadcast_to(np.arange(columns, dtype=np.float32), x.shape)
+  np.put_along_axis(out, (keys & 0xFFFFFFFF).astype(np.int64), rank, axis=-1)
+  return out
+
+
 def from_bits(x: Any) -> Any:
   """`bits` inverted."""
   if namespace(x) is np:

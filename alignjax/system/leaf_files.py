@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,23 @@ def save(
     after = json.loads(index.read_text())
     after['tree_metadata'] = before['tree_metadata'] | after['tree_metadata']
     index.write_text(json.dumps(after))
+
+
+def checksum(directory: epath.Path, name: str) -> str | None:
+  """`crc32` of a leaf as it lies there; None where it is not whole."""
+  try:
+    json.loads((directory / '_METADATA').read_text())
+    return crc32(read(open_array(place(directory, name))))
+  except (ValueError, OSError):
+    return None
+
+
+def keep(directory: epath.Path, names: Iterable[str]) -> None:
+  """Removes the leaves that are not among these, whole or not."""
+  kept = {place(directory, name).name for name in names}
+  for leaf in directory.iterdir():
+    if leaf.is_dir() and leaf.name not in kept:
+      leaf.rmtree()
 
 
 def place(directory: epath.Path, name: str) -> epath.Path:

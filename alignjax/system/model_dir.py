@@ -27,7 +27,6 @@ from alignjax.system import leaf_files
 
 FORMAT = 1
 TOKENIZER = 'tokenizer.model'
-_JOURNAL = '.finished'
 PART_BYTES = 128 * 2**20  # a writer holds this much before it writes
 
 _FIELDS = {
@@ -265,7 +264,7 @@ def writer(
   with directory.replaced(path, task=task) as partial:
     (partial / 'params').mkdir(exist_ok=True)
     if task:
-      journal = Journal(partial / _JOURNAL)
+      journal = Journal(partial)
       _continue(partial, journal, sums)
     finished = ((role, name) for role, of in sums.items() for name in of)
     yield Put(put, frozenset(finished))
@@ -369,12 +368,7 @@ def _continue(
 
   def checksum(path: str) -> str | None:
     role, _, name = path.partition('/')
-    place = leaf_files.place(params / role, name)
-    try:
-      json.loads((params / role / '_METADATA').read_text())
-      return leaf_files.crc32(leaf_files.read(leaf_files.open_array(place)))
-    except (ValueError, OSError):
-      return None
+    return leaf_files.checksum(params / role, name)
 
   journal.confirm(checksum)
   for path, found in journal.found.items():
@@ -383,8 +377,5 @@ def _continue(
   for folder in params.iterdir():
     if folder.name not in sums:
       folder.rmtree()
-      continue
-    kept = {name.replace('/', '.') for name in sums[folder.name]}
-    for leaf in folder.iterdir():
-      if leaf.is_dir() and leaf.name not in kept:
-        leaf.rmtree()
+    else:
+      leaf_files.keep(folder, sums[folder.name])

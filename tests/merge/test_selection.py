@@ -215,6 +215,17 @@ def test_rows_of_one_item_have_the_density():
   assert set(np.unique(merged)) == {0, np.float32(2.5)}
 
 
+def test_ranks_are_those_of_a_stable_sort():
+  x = abs(np.random.default_rng(0).normal(size=(3, 5, 700)))
+  x = x.astype(ml_dtypes.bfloat16).astype(np.float32)  # many are equal
+  x[0, 0, ::3], x[1] = 0, np.float32(1e-42)
+  order = x.argsort(axis=-1, stable=True)
+  np.testing.assert_array_equal(arrays.ranks(x), order.argsort(axis=-1))
+  np.testing.assert_array_equal(
+    arrays.ranks(x[0]), arrays.ranks(jnp.asarray(x[0]))
+  )
+
+
 def test_importance_is_accurate_where_changes_are_small():
   draw = np.random.default_rng(5).normal
   base = draw(size=(30, 64)).astype(np.float32)

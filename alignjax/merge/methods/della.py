@@ -111,8 +111,7 @@ def _factors(
   epsilon = xp.asarray(epsilon, dtype=xp.float32)
   columns = base.shape[-1]
   for m, leaf in enumerate(leaves):
-    order = xp.argsort(abs(leaf - base), axis=-1, stable=True)
-    rank = xp.argsort(order, axis=-1).astype(xp.float32)
+    rank = arrays.ranks(abs(leaf - base))
     tilt = 2 * rank / xp.float32(max(columns - 1, 1)) - 1
     tilt = tilt if columns > 1 else xp.zeros_like(tilt)
     share = density + epsilon * tilt
