@@ -418,8 +418,8 @@ def test_rows_beyond_the_tokenizer_change_nothing(numbers):
   np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize('numbers', KINDS[1:], ids=str)
-def test_offline_is_online(numbers):
+def said_twice(numbers, draw_seed):
+  """The means of an online step and of one from records, {name: (a, b)}."""
   model, other = tiny.model(layers=1), tiny.model(width=48, layers=1)
   bundle = {
     'policy': model.init(jax.random.key(0)),
@@ -429,7 +429,7 @@ def test_offline_is_online(numbers):
     other.policy('teacher'),
     kind=numbers['targets'],
     k=numbers['k'],
-    draw_seed=3,
+    draw_seed=draw_seed,
   )
   rows = batch()
   # Written in another order and in other batches than it is read.
@@ -440,20 +440,30 @@ def test_offline_is_online(numbers):
   ]
   ids, probs = (jnp.concatenate(x)[::-1] for x in zip(*parts))
   rest = {k: v for k, v in numbers.items() if k not in ('targets', 'k')}
-  online = distill(model, other, draw_seed=3, **numbers).objective(
-    bundle, rows, None
-  )
-  offline = recorded(model, **rest).objective(
+  terms, metrics = distill(
+    model, other, draw_seed=draw_seed, **numbers
+  ).objective(bundle, rows, None)
+  terms_read, metrics_read = recorded(model, **rest).objective(
     {'policy': bundle['policy']},
     rows | {'teacher_ids': ids, 'teacher_probs': probs},
     None,
   )
-  (term,) = online[0]
-  np.testing.assert_allclose(
-    online[0][term][1].value, offline[0][term][1].value, rtol=1e-6, atol=1e-6
-  )
-  for name, mean in online[1].items():
-    np.testing.assert_allclose(mean.value, offline[1][name].value, rtol=1e-6)
+  means = {k: (x.value, metrics_read[k].value) for k, x in metrics.items()}
+  for name, (_, mean) in terms.items():
+    means[f'loss/{name}'] = mean.value, terms_read[name][1].value
+  return means
+
+
+@pytest.mark.parametrize('numbers', KINDS[1:], ids=str)
+def test_offline_is_online(numbers):
+  gaps = []
+  for draw_seed in (3, 4, 5):
+    pairs = list(said_twice(numbers, draw_seed).values())
+    online, offline = np.transpose(pairs)
+    gaps.append(np.max(np.abs(online / offline - 1)))
+  # A batch of another size rounds otherwise, and a draw of the 2000 of a seed
+  # that lies within rounding of two ids falls to the other.
+  assert np.median(gaps) < 1e-6 and np.max(gaps) < 1e-3
 
 
 @pytest.mark.parametrize(
