@@ -12,7 +12,6 @@ TEST = [
   'pytest',
   'pytest-xdist',
   'ruff',
-  'scipy',
 ]
 
 setup(
@@ -45,6 +44,7 @@ setup(
     'orbax-checkpoint',
     'rich',
     'safetensors',
+    'scipy',
     'sentencepiece',
     'tensorflow-datasets',
   ],

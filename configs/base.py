@@ -8,8 +8,8 @@ it is, with a section `graph`: what `alignjax run` varies, and how the results
 are evaluated.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -96,12 +96,33 @@ def merged(
   return dict(method=method, base=base, models=list(models)) | numbers
 
 
+class Arm(NamedTuple):
+  """Runs of an experiment that differ in their seeds only.
+
+  Attributes:
+    series: arms of one series look alike in the report, a line joins them.
+    numbers: what tells it from others of its series.
+    changes: of the run, as for `train`.
+  """
+
+  series: str
+  numbers: Mapping[str, float]
+  changes: Mapping[str, Any]
+
+  @property
+  def name(self) -> str:
+    """'reinforce_0_1': also that of its jobs, with the seed behind it."""
+    numbers = (f'{x:g}' for x in self.numbers.values())
+    return '_'.join([self.series, *numbers]).replace('.', '_')
+
+
 def model(name: str, kind: str, path: Any, **more: Any) -> dict[str, Any]:
   """A model of an evaluation; '@job' needs a path inside, or means its model.
 
   path: or what `merged` gives.
-  more: `liti_rate`, and `series`, which of several LITI paths, or of other
-  kinds the arm: models of one arm look alike in the report.
+  more: `liti_rate`; `series`, which of several LITI paths, or of other kinds
+  the arm: models of one arm look alike in the report; and an arm's `numbers`.
+  Models that differ in their names only are its seeds, and are averaged.
   """
   if isinstance(path, str) and path.startswith('@') and '/' not in path:
     path += '/model'
@@ -141,20 +162,17 @@ def report(*needs: str) -> Job:
   return Job('report', 'report', {}, tuple(needs))
 
 
-def compared(c: ConfigDict, arms: Mapping[str, Mapping[str, Any]]):
+def compared(c: ConfigDict, arms: Iterable[Arm]):
   """Runs of every arm under `graph.seeds` seeds, evaluated, with a page.
 
-  arms: name -> changes of the run `c`, as for `train`. Arms of one seed see
-  the same prompts in the same order.
+  All arms see the same prompts in the same order under a seed.
   """
-  names = []
-  for arm, changes in arms.items():
+  models = []
+  for arm in arms:
     for seed in range(1, c.graph.seeds + 1):
-      names.append(f'{arm}_{seed}')
-      yield train(c, names[-1], seed=c.seed + seed, **changes)
-  models = [
-    model(name, 'run', f'@{name}', series=name.rpartition('_')[0])
-    for name in names
-  ]
-  yield evaluate(c, models, needs=names)
+      name = f'{arm.name}_{seed}'
+      yield train(c, name, seed=c.seed + seed, **arm.changes)
+      more = {'series': arm.series, 'numbers': dict(arm.numbers)}
+      models.append(model(name, 'run', f'@{name}', **more))
+  yield evaluate(c, models, needs=[m['name'] for m in models])
   yield report('evaluate')

@@ -1,10 +1,7 @@
 """Three sentences about a report, computed from its intervals.
 
-A difference counts only where its 95% interval leaves out zero. The interval of
-a difference, and of any weighted sum, comes from the intervals of its parts
-taken as independent (Zou and Donner's method of variance estimates recovery,
-2008), which is cautious for models scored on the same prompts. Nothing here
-tests hypotheses beyond that, and no sentence claims more than it found.
+What counts as a difference is `report/intervals.py`'s. Nothing here tests
+hypotheses beyond that, and no sentence claims more than it found.
 """
 
 import itertools
@@ -12,39 +9,36 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from alignjax.report import grid
-from alignjax.report.front import Point, points, sweep
+from alignjax.report import arms, grid
+from alignjax.report.intervals import (
+  Interval,
+  change,
+  combined,
+  stated,
+  verdict,
+)
+from alignjax.report.points import Point, points, sweep
 from alignjax.report.read import Found, Run, Series, interval
 
-Interval = tuple[float, float, float]
-
-
-def combined(parts: Sequence[tuple[float, Interval]]) -> Interval:
-  """Mean and 95% interval of sum(weight * part) of independent parts."""
-  mean = math.fsum(w * p[0] for w, p in parts)
-  down = up = 0.0
-  for weight, (value, low, high) in parts:
-    below, above = weight * (value - low), weight * (high - value)
-    if weight < 0:
-      below, above = -above, -below
-    down, up = down + below**2, up + above**2
-  return mean, mean - math.sqrt(down), mean + math.sqrt(up)
-
-
-def verdict(difference: Interval) -> str:
-  """'higher', 'lower' or 'no measurable difference'."""
-  if difference[1] > 0:
-    return 'higher'
-  return 'lower' if difference[2] < 0 else 'no measurable difference'
+# Measures of which more is better, as far as an evaluation has them.
+LED = ('reward', 'win_rate', 'best_of_4', 'worst_of_4', 'diversity')
 
 
 def evaluated(evaluation: dict[str, Any]) -> list[str]:
   """Three findings: against the init, SLERP, and the LITI front.
 
   Of a grid over merging methods: against the init, the Pareto front, the best.
+  Of arms under several seeds: against the init, the front, who leads in what.
   """
-  if grid.merged(evaluation):
-    return [_gain(evaluation), _pareto(evaluation), _best(evaluation)]
+  evaluation = arms.pooled(evaluation)
+  some = grid.merged(evaluation)
+  if some:
+    front = _pareto(evaluation, some, 'merged models')
+    return [_gain(evaluation), front, _best(evaluation)]
+  some = arms.of(evaluation)
+  if some:
+    front = _pareto(evaluation, some, 'arms')
+    return [_gain(evaluation), front, _leaders(some)]
   return [_gain(evaluation), _slerp(evaluation), _liti(evaluation)]
 
 
@@ -95,21 +89,22 @@ def _gain(evaluation: dict[str, Any]) -> str:
       'so it cannot say whether alignment helped.'
     )
   difference = combined([(1, best.y), (-1, init.y)])
+  noun = 'aligned run' if best.kind == 'run' else 'model'
+  seeds = {m['name']: arms.seeds(m) for m in evaluation['models']}[best.name]
+  noun = f'arm of {seeds} seeds' if seeds > 1 else noun
   scores = (
-    f'{best.name}, the best aligned run by reward, scores {_ci(best.y)}'
-    if best.kind == 'run'
-    else f'{best.name}, the best model by reward, scores {_ci(best.y)}'
+    f'{best.name}, the best {noun} by reward, scores {stated(best.y)} '
+    f'against {stated(init.y)} for {init.name}'
   )
-  scores += f' against {_ci(init.y)} for {init.name}'
   said = {
-    'higher': f'Alignment raises the reward: {scores} ({_delta(difference)})',
-    'lower': f'Alignment lowers the reward: {scores} ({_delta(difference)})',
+    'higher': f'Alignment raises the reward: {scores} ({change(difference)})',
+    'lower': f'Alignment lowers the reward: {scores} ({change(difference)})',
   }.get(
     verdict(difference),
     'Alignment makes no measurable difference to the reward: '
-    f'{scores} ({_delta(difference)})',
+    f'{scores} ({change(difference)})',
   )
-  said += f', at a KL of {_ci(best.x, 2)} nats per sequence'
+  said += f', at a KL of {stated(best.x, 2)} nats per sequence'
   for model in evaluation['models']:
     win = interval(model, 'win_rate')
     if model['name'] == best.name and win:
@@ -130,7 +125,7 @@ def _best_of_n(evaluation: dict[str, Any]) -> str:
   assert score is not None  # checked when read
   return (
     f' For scale, the best of {most["n"]} completions of the init scores '
-    f'{_ci(score)} at a KL of {most["kl"]:.2f}.'
+    f'{stated(score)} at a KL of {most["kl"]:.2f}.'
   )
 
 
@@ -149,13 +144,15 @@ def _slerp(evaluation: dict[str, Any]) -> str:
   if lerp:
     against.append(('LERP', lerp.y))
   if not against:
-    return f'SLERP scores {_ci(slerp.y)}; there is nothing to compare it with.'
+    return (
+      f'SLERP scores {stated(slerp.y)}; there is nothing to compare it with.'
+    )
   told, words = [], []
   for name, other in against:
     # The mean of the runs is itself a sum of parts, already combined above.
     difference = combined([(1, slerp.y), (-1, other)])
     words.append(verdict(difference))
-    told.append(f'{name} {_ci(other)} ({_delta(difference)}, {words[-1]})')
+    told.append(f'{name} {stated(other)} ({change(difference)}, {words[-1]})')
   wins = words.count('higher')
   if wins == len(words):
     head = 'SLERP beats everything it merges or competes with'
@@ -166,7 +163,7 @@ def _slerp(evaluation: dict[str, Any]) -> str:
   else:
     head = 'SLERP does not win measurably at this size'
   return (
-    f'{head}: reward {_ci(slerp.y)} at KL {slerp.x[0]:.2f}, against '
+    f'{head}: reward {stated(slerp.y)} at KL {slerp.x[0]:.2f}, against '
     + '; '.join(told)
     + '.'
   )
@@ -182,7 +179,7 @@ def _liti(evaluation: dict[str, Any]) -> str:
   series = next(p.series for p in path if p.kind == 'liti')
   of = f' of {series}' if series else ''
   tail = (
-    f' The best rate{of} by reward is {best.rate:g}: {_ci(best.y)} at KL '
+    f' The best rate{of} by reward is {best.rate:g}: {stated(best.y)} at KL '
     f'{best.x[0]:.2f} nats.{_runs_at_equal_kl(evaluation, path)}'
   )
   if start.rate != 0.0 or end.rate != 1.0 or end.x[0] <= start.x[0]:
@@ -199,7 +196,7 @@ def _liti(evaluation: dict[str, Any]) -> str:
   high, low = words.count('higher'), words.count('lower')
   count = len(inner)
   top = max(range(count), key=lambda i: above[i][0])
-  margin = f'widest at rate {inner[top].rate:g}, {_delta(above[top])}'
+  margin = f'widest at rate {inner[top].rate:g}, {change(above[top])}'
   if high and not low:
     head = (
       f'The LITI front{of} lies above the straight line from init to merged, '
@@ -223,21 +220,24 @@ def _liti(evaluation: dict[str, Any]) -> str:
   return head + tail
 
 
-def _pareto(evaluation: dict[str, Any]) -> str:
-  """Which points of a grid are on the front, and what that is worth."""
+def _pareto(
+  evaluation: dict[str, Any], models: Sequence[dict[str, Any]], noun: str
+) -> str:
+  """Which of some models are on the front, and what that is worth."""
   every = points(evaluation)
   front = grid.pareto(evaluation['models'])
-  merged = [p for p in every if p.kind == grid.MERGED]
-  on = sorted((p for p in merged if p.name in front), key=lambda p: p.x[0])
-  rest = [p for p in merged if p.name not in front]
+  names = {m['name'] for m in models}
+  some = [p for p in every if p.name in names]
+  on = sorted((p for p in some if p.name in front), key=lambda p: p.x[0])
+  rest = [p for p in some if p.name not in front]
   beaten = [p.name for p in rest if any(_dominates(q, p) for q in every)]
   said = (
-    f'{len(on)} of {len(merged)} merged models are on the Pareto front of mean '
-    'reward against KL, to which the init and the runs count as well'
+    f'{len(on)} of {len(some)} {noun} are on the Pareto front of mean reward '
+    'against KL, to which all other models count as well'
   )
   if on:
     said += ': ' + '; '.join(
-      f'{p.name} ({_ci(p.y)} at KL {p.x[0]:.2f})' for p in on
+      f'{p.name} ({stated(p.y)} at KL {p.x[0]:.2f})' for p in on
     )
   said += '.'
   if len(on) > 1:
@@ -277,18 +277,38 @@ def _best(evaluation: dict[str, Any]) -> str:
   ]
   runs = [p for p in every if p.kind == 'run']
   rivals += [max(runs, key=lambda p: p.y[0])] if runs else []
-  said = f'The best merged model by reward is {best.name}: {_ci(best.y)}'
+  said = f'The best merged model by reward is {best.name}: {stated(best.y)}'
   told = []
   for rival in rivals:
     difference = combined([(1, best.y), (-1, rival.y)])
     word = verdict(difference)
-    told.append(f'{rival.name} {_ci(rival.y)} ({_delta(difference)}, {word})')
+    told.append(
+      f'{rival.name} {stated(rival.y)} ({change(difference)}, {word})'
+    )
   if not told:
     return f'{said}; there is no other method or run to compare it with.'
   return (
     f'{said}, against the best of every other method and of the runs: '
     f'{"; ".join(told)}.'
   )
+
+
+def _leaders(models: Sequence[dict[str, Any]]) -> str:
+  """Per measure that has a better direction: the best arm and the next."""
+  told = []
+  for measure in LED:
+    have = [(m['name'], x) for m in models if (x := interval(m, measure))]
+    if len(have) < 2:
+      continue
+    have.sort(key=lambda pair: -pair[1][0])
+    (name, best), (second, rival) = have[:2]
+    word = verdict(combined([(1, best), (-1, rival)]))
+    said = 'measurably above' if word == 'higher' else 'not measurably above'
+    told.append(
+      f'{measure.replace("_", " ")} {name} ({stated(best)}, {said} {second}, '
+      f'{stated(rival)})'
+    )
+  return f'Highest mean: {"; ".join(told)}.'
 
 
 def _runs_at_equal_kl(evaluation, path: Sequence[Point]) -> str:
@@ -347,14 +367,3 @@ def _ends(series: Series) -> tuple[float, float]:
   values = [v for v in series.values if math.isfinite(v)] or [math.nan]
   tenth = max(1, len(values) // 10)
   return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-
-
-def _ci(value: Interval, digits: int = 3) -> str:
-  # A zero has no sign; + 0.0 takes it from what rounds to zero.
-  mean, low, high = (f'{round(v, digits) + 0.0:.{digits}f}' for v in value)
-  return f'{mean} [{low}, {high}]'
-
-
-def _delta(value: Interval, digits: int = 3) -> str:
-  mean, low, high = (f'{v:+.{digits}f}' for v in value)
-  return f'{mean} [{low}, {high}]'.replace('-', '−')

@@ -18,41 +18,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignjax.core import files
-from alignjax.report import grid, ink
+from alignjax.report import arms, grid, ink
 from alignjax.report.labels import LEADER, place
+from alignjax.report.points import FRONT, Point, points, sweeps
 from alignjax.report.read import interval
 
 WIDTH, HEIGHT = 1000, 580
 BEST_OF_N = '#7b8794'
-FRONT = ('kl', 'reward')  # what is to the right, and what upwards
 NAMES = {
   'kl': 'KL to the init, nats per sequence',
   'reward': 'mean reward',
   'diversity': 'diversity of the completions of a prompt, 1 - cos',
+  'win_rate': 'win rate against the init',
+  'best_of_4': 'win rate of the best of 4, against that of the init',
+  'worst_of_4': 'win rate of the worst of 4, against that of the init',
 }
-
-
-class Point(NamedTuple):
-  """One model on the front.
-
-  Attributes:
-    rate: of LITI, else None.
-    x, y: (mean, low, high).
-    series: which of several LITI paths it is on.
-    look: of its kind or arm.
-    arm: of an experiment, '' for none.
-    numbers: of a point of a grid, as its label.
-  """
-
-  name: str
-  kind: str
-  rate: float | None
-  x: tuple[float, float, float]
-  y: tuple[float, float, float]
-  series: str
-  look: ink.Look
-  arm: str
-  numbers: str
 
 
 class Label(NamedTuple):
@@ -64,53 +44,6 @@ class Label(NamedTuple):
   colour: str
   size: float
   weight: str
-
-
-def points(
-  evaluation: dict[str, Any], fields: tuple[str, str] = FRONT
-) -> list[Point]:
-  """The models of an evaluation that have both, as in tables and legends."""
-  out = []
-  looks = ink.looks(evaluation['models'])
-  for model in ink.ordered(evaluation['models']):
-    x, y = (interval(model, field) for field in fields)
-    if x is None or y is None:
-      continue
-    kind, series = str(model.get('kind', 'other')), model.get('series') or ''
-    rate, name = model.get('liti_rate'), model['name']
-    said = grid.label(model.get('numbers') or {})
-    out.append(
-      Point(name, kind, rate, x, y, series, looks[name], ink.arm(model), said)
-    )
-  return out
-
-
-def sweeps(
-  evaluation: dict[str, Any], fields: tuple[str, str] = FRONT
-) -> dict[str, list[Point]]:
-  """The LITI paths by series; each from the init (rate 0) to SLERP (rate 1).
-
-  The ends are the init and SLERP by definition, so they are added where a
-  sweep does not hold them. Empty when nothing was interpolated.
-  """
-  every = points(evaluation, fields)
-  paths: dict[str, list[Point]] = {}
-  for p in every:
-    if p.kind == 'liti' and p.rate is not None:
-      paths.setdefault(p.series, []).append(p)
-  for series, path in paths.items():
-    for kind, rate in (('init', 0.0), ('slerp', 1.0)):
-      ends = [p for p in every if p.kind == kind and p.series in ('', series)]
-      if ends and all(p.rate != rate for p in path):
-        path.append(ends[0]._replace(rate=rate))
-    path.sort(key=lambda p: p.rate or 0.0)
-  return paths
-
-
-def sweep(evaluation: dict[str, Any]) -> list[Point]:
-  """The last of the LITI paths: the latest round; [] where there is none."""
-  paths = list(sweeps(evaluation).values())
-  return paths[-1] if paths else []
 
 
 def front_svg(
@@ -151,16 +84,19 @@ def draw(evaluation: dict[str, Any], fields: tuple[str, str] = FRONT) -> Figure:
   """The figure; must be called and written inside `ink.style`."""
   figure = ink.canvas(WIDTH, HEIGHT)
   axes = figure.add_axes((0.066, 0.092, 0.918, 0.8))
+  each, evaluation = points(evaluation, fields), arms.pooled(evaluation)
   every = points(evaluation, fields)
   paths = sweeps(evaluation, fields)
   reference = evaluation.get('best_of_n') or [] if fields == FRONT else []
-  _limits(axes, every, reference, fields)
+  _limits(axes, [*each, *every], reference, fields)
   _lines(axes, paths, reference)
   of = {p.name: p for p in every}
   for names in grid.paths(evaluation):
     _path(axes, [of[name] for name in names if name in of])
   for point in every:
     _mark(axes, point, _green(paths, point.series))
+  together = {p.name for p in every}
+  _seeds(axes, [p for p in each if p.name not in together])
   axes.set_xlabel(NAMES[fields[0]], labelpad=7)
   axes.set_ylabel(NAMES[fields[1]], labelpad=7)
   entries = len(axes.get_legend_handles_labels()[1])
@@ -247,6 +183,22 @@ def _path(axes: Axes, path: list[Point]):
   if path:
     fill = path[0].look.fill
     axes.plot(xs, ys, color=fill, linewidth=1.4, alpha=0.6, zorder=2)
+
+
+def _seeds(axes: Axes, some: Sequence[Point]):
+  """The seeds of arms: small, pale, without intervals or labels."""
+  for p in some:
+    axes.plot(
+      [p.x[0]],
+      [p.y[0]],
+      linestyle='none',
+      marker=p.look.marker,
+      markersize=0.6 * p.look.size,
+      color=p.look.fill,
+      markeredgecolor='none',
+      alpha=0.35,
+      zorder=1.5,
+    )
 
 
 def _mark(axes: Axes, point: Point, green: str):

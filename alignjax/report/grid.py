@@ -1,7 +1,8 @@
-"""A grid over merging methods: labels, paths and the Pareto front.
+"""A grid over numbers: labels, paths and the Pareto front.
 
-Its points are the models of the kind MERGED: their `series` is the method,
-their `numbers` are what it was given. Nothing is drawn here.
+The points of one over merging methods are the models of the kind MERGED: their
+`series` is the method, their `numbers` are what it was given. Those of an arm
+tell it from others of its `series`. Nothing is drawn here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ MERGED = 'merged'
 
 
 def merged(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The models of the grid."""
+  """The models of a grid over merging methods."""
   return [m for m in evaluation['models'] if m.get('kind') == MERGED]
 
 
@@ -31,11 +32,11 @@ def label(numbers: Mapping[str, Any]) -> str:
 def paths(evaluation: Mapping[str, Any]) -> list[list[str]]:
   """Names of points in the order of the only number in which they differ.
 
-  One path for each method and each choice of its other numbers, if one number
-  of the method varies; a method of which several do has none.
+  One path for each series in which one number varies; a series of which several
+  do has none.
   """
   found = []
-  points = merged(evaluation)
+  points = [m for m in evaluation['models'] if m.get('numbers')]
   for series in dict.fromkeys(m.get('series') or '' for m in points):
     arm = [m for m in points if (m.get('series') or '') == series]
     varied = [

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from alignjax.core import files
-from alignjax.report import findings, ink
+from alignjax.report import arms, findings, ink
 from alignjax.report.curves import curves_html
-from alignjax.report.diversity import diversity_html
-from alignjax.report.front import front_svg, sweeps
+from alignjax.report.front import front_svg
+from alignjax.report.fronts import diversity_html, wins_html
 from alignjax.report.geometry import geometry_html, geometry_lines
 from alignjax.report.goodput import goodput_html
 from alignjax.report.perplexity import perplexity_html, perplexity_lines
+from alignjax.report.points import sweeps
 from alignjax.report.read import Found, found
 from alignjax.report.samples import samples_html, visible
 from alignjax.report.searched import searched_html
@@ -69,6 +70,8 @@ def html(title: str, what: Found, lines: list[list[str]]) -> str:
     mine = _findings(lines[number]) if number else ''
     sections.append(_front(heading, mine, evaluation, f'front {number}'))
     sections.append(_models(heading, evaluation))
+    if charts := wins_html(evaluation, f'wins {number}'):
+      sections.append(_section(f'Win rates against KL{heading}', charts))
     if charts := diversity_html(evaluation, f'diversity {number}'):
       sections.append(_section(f'Diversity{heading}', charts))
     if chart := tradeoff_html(evaluation, f'tradeoff {number}'):
@@ -175,6 +178,11 @@ def _front(heading: str, lines: str, evaluation: dict, salt: str) -> str:
       'several are named by the legend, those of a grid by their numbers; '
       'where one number varies a line joins them in its order. '
     )
+  if arms.pooled(evaluation) is not evaluation:
+    said += (
+      'An arm is one marker with its intervals over seeds and prompts, the '
+      'small pale ones are its seeds. '
+    )
   if evaluation.get('best_of_n'):
     said += (
       'Best of N draws N completions from the init and keeps the best; its KL '
@@ -194,7 +202,18 @@ def _models(heading: str, evaluation: dict[str, Any]) -> str:
     'of their own. Overlapping intervals do not separate two models.'
   )
   body = f'{models_html(evaluation)}<p class="note">{note}</p>'
-  return _section(f'All models{heading}', body)
+  together = arms.pooled(evaluation)
+  if together is evaluation:
+    return _section(f'All models{heading}', body)
+  note = (
+    'Means over seeds. The 95% intervals join the spread between the seeds '
+    '(Student’s t) with that between prompts, which all seeds share. '
+  )
+  body = (
+    f'{models_html(together)}<p class="note">{note}</p>'
+    f'<details><summary>Every seed</summary>{body}</details>'
+  )
+  return _section(f'All arms{heading}', body)
 
 
 def _configs(what: Found) -> str:

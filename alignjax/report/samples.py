@@ -12,7 +12,7 @@ from typing import Any
 
 from alignjax.report import ink
 from alignjax.report.findings import best_run
-from alignjax.report.front import sweep
+from alignjax.report.points import sweep
 
 OPEN = 3  # prompts shown before the rest is folded
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from alignjax.report import ink
+from alignjax.report import arms, ink
 from alignjax.report.read import interval
 
 
@@ -75,6 +75,7 @@ def _name(model: dict[str, Any], colour: str) -> str:
   rate = model.get('liti_rate')
   kind = escape(str(model.get('kind', '')))
   detail = f'rate {rate:g}' if isinstance(rate, int | float) else kind
+  detail = f'{n} seeds' if (n := arms.seeds(model)) > 1 else detail
   name = escape(model['name'])
   note = '' if detail == model['name'] else f'<small>{detail}</small>'
   return (

@@ -47,18 +47,18 @@ def jobs(c: ConfigDict):
   """The graph: what each command reads and writes."""
   recipe, start = c.recipe.to_dict(), c.start.to_dict()
 
-  def arm(**numbers):
-    return {'recipe': recipe | numbers}
+  def arm(series, named, more=(), **numbers):
+    changes = {'recipe': recipe | numbers | named} | dict(more)
+    return base.Arm(series, named, changes)
 
-  arms = {
-    f'weight_{weight:g}'.replace('.', '_'): arm(
-      n=4, anchor_period=0, jeffreys_weight=weight
-    )
+  arms = [
+    arm('weight', {'jeffreys_weight': weight}, n=4, anchor_period=0)
     for weight in c.graph.weights
-  }
-  arms['learned'] = arm(n=4, anchor_period=0, quantile='learned') | {
-    'start': start | {'quantile': '@policy'}
-  }
-  arms |= {f'fixed_{n}': arm(n=n, anchor_period=0) for n in c.graph.fixed}
-  arms |= {f'iterated_{n}': arm(n=n) for n in c.graph.iterated}
+  ]
+  learned = {'start': start | {'quantile': '@policy'}}
+  arms.append(
+    arm('learned', {}, learned, n=4, anchor_period=0, quantile='learned')
+  )
+  arms += [arm('fixed', {'n': n}, anchor_period=0) for n in c.graph.fixed]
+  arms += [arm('iterated', {'n': n}) for n in c.graph.iterated]
   yield from base.compared(c, arms)

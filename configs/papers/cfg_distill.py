@@ -104,7 +104,8 @@ def jobs(c: ConfigDict):
     for t in c.lerp:
       name, path = f'{merged} {t:g}', f'@{merged}/t_{t:.2f}'
       models.append(
-        {'name': name, 'kind': 'lerp', 'path': path, 'series': f'LERP at {t:g}'}
+        {'name': name, 'kind': 'lerp', 'path': path}
+        | {'series': 'LERP', 'numbers': {'t': t}}
       )
     done += [*ends, merged]
   yield Job(

@@ -62,14 +62,14 @@ def jobs(c: ConfigDict):
     'path': '@calibrate',
     'rows': numbers['source'],
   }
-  arms = {
-    f'{name}_{kl_coef:g}'.replace('.', '_'): {
-      'recipe': numbers['recipe']
-      | {'transform': word, 'transform_scale': scale, 'kl_coef': kl_coef},
-      'source': source,
-      'needs': ('calibrate',),
-    }
-    for name, (word, scale) in TRANSFORMS.items()
-    for kl_coef in c.graph.kl_coefs
-  }
+  arms = []
+  for name, (word, scale) in TRANSFORMS.items():
+    for kl_coef in c.graph.kl_coefs:
+      recipe = {'transform': word, 'transform_scale': scale, 'kl_coef': kl_coef}
+      changes = {
+        'recipe': numbers['recipe'] | recipe,
+        'source': source,
+        'needs': ('calibrate',),
+      }
+      arms.append(base.Arm(name, {'kl_coef': kl_coef}, changes))
   yield from base.compared(c, arms)

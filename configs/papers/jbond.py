@@ -45,13 +45,14 @@ def jobs(c: ConfigDict):
   """The graph: what each command reads and writes."""
   recipe, last = c.recipe.to_dict(), c.graph.ema_rates[-1]
 
-  def arm(**numbers):
-    return {'recipe': recipe | numbers}
+  def arm(series, named, **numbers):
+    return base.Arm(series, named, {'recipe': recipe | numbers | named})
 
-  arms = {_name('ema', rate): arm(ema_rate=rate) for rate in c.graph.ema_rates}
+  arms = [arm('ema', {'ema_rate': rate}) for rate in c.graph.ema_rates]
   for pull in c.graph.anchor_kl_coefs:
-    arms[_name('pull', pull)] = arm(ema_rate=last, anchor_kl_coef=pull)
-  arms['replaced'] = arm(ema_rate=0.0, anchor_period=c.graph.anchor_period)
+    arms.append(arm('pull', {'anchor_kl_coef': pull}, ema_rate=last))
+  period = c.graph.anchor_period
+  arms.append(arm('replaced', {}, ema_rate=0.0, anchor_period=period))
   for kl_coef in c.graph.kl_coefs:
     rival = defaults(
       'recipes',
@@ -61,12 +62,9 @@ def jobs(c: ConfigDict):
       max_new_tokens=c.recipe.max_new_tokens,
       temperature=c.recipe.temperature,
     )
-    arms[_name('reinforce', kl_coef)] = {
+    changes = {
       'recipe': rival.to_dict(),
       'start': {'policy': c.start.policy, 'reference': '@policy'},
     }
+    arms.append(base.Arm('reinforce', {'kl_coef': kl_coef}, changes))
   yield from base.compared(c, arms)
-
-
-def _name(word: str, number: float) -> str:
-  return f'{word}_{number:g}'.replace('.', '_')

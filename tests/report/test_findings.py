@@ -3,6 +3,7 @@ import math
 import pytest
 
 from alignjax.report import findings
+from alignjax.report.intervals import combined
 from tests.report import synthetic
 
 
@@ -17,13 +18,11 @@ def evaluation(**rewards):
 
 def test_combined_against_the_normal_formula():
   a, b = (0.7, 0.67, 0.73), (0.5, 0.46, 0.54)
-  assert findings.combined([(1, a), (-1, b)]) == pytest.approx(
-    (0.2, 0.15, 0.25)
-  )
-  mean, low, high = findings.combined([(0.5, a), (0.5, b)])
+  assert combined([(1, a), (-1, b)]) == pytest.approx((0.2, 0.15, 0.25))
+  mean, low, high = combined([(0.5, a), (0.5, b)])
   assert (mean, low, high) == pytest.approx((0.6, 0.575, 0.625))
   # Uneven intervals: the near side of one meets the far side of the other.
-  _, low, high = findings.combined([(1, (1, 0.7, 1)), (-1, (0, 0, 0.4))])
+  _, low, high = combined([(1, (1, 0.7, 1)), (-1, (0, 0, 0.4))])
   assert (low, high) == pytest.approx((1 - math.hypot(0.3, 0.4), 1.0))
 
 

@@ -7,8 +7,8 @@ from matplotlib.text import Annotation
 from PIL import Image
 
 from alignjax.core.errors import UserError
-from alignjax.report import front, ink
-from alignjax.report.diversity import FIELDS, diversity_html
+from alignjax.report import front, ink, points
+from alignjax.report.fronts import DIVERSITY, diversity_html
 from alignjax.report.labels import overlap
 from tests.report import synthetic
 
@@ -49,11 +49,11 @@ def test_the_sweep_ends_at_init_and_slerp():
   evaluation['models'] = [
     m for m in evaluation['models'] if m['name'] not in inner
   ]
-  path = front.sweep(evaluation)
+  path = points.sweep(evaluation)
   assert [p.rate for p in path] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
   assert (path[0].name, path[-1].name) == ('init', 'slerp')
   evaluation['models'] = evaluation['models'][:3]
-  assert front.sweep(evaluation) == []
+  assert points.sweep(evaluation) == []
 
 
 def rounds():
@@ -70,12 +70,12 @@ def rounds():
 
 
 def test_every_round_has_a_path_of_its_own():
-  paths = front.sweeps(rounds())
+  paths = points.sweeps(rounds())
   assert list(paths) == ['round 1', 'round 2']
   for name, path in paths.items():
     assert [p.rate for p in path] == [0.0, 0.3, 0.6, 1.0]
     assert (path[0].name, path[-1].name) == ('init', name)
-  assert front.sweep(rounds()) == paths['round 2']
+  assert points.sweep(rounds()) == paths['round 2']
   drawn = front.front_svg(rounds())
   assert drawn.count('>LITI, round 1<') == 1
   assert drawn.count('>LITI, round 2<') == 1
@@ -85,7 +85,7 @@ def test_every_round_has_a_path_of_its_own():
   assert {'0.3', '0.6', 'round 1', 'round 2', 'init'} == set(got)
 
 
-def arms(count, seeds=2):
+def many_arms(count, seeds=2):
   """An init and runs of several arms under several seeds."""
   models = [synthetic.model('init', 'init', 0.45, 0.0)]
   for i in reversed(range(count)):
@@ -99,7 +99,7 @@ def arms(count, seeds=2):
 
 
 def test_every_arm_has_a_look_of_its_own():
-  evaluation = arms(12)
+  evaluation = many_arms(12)
   looks = ink.looks(evaluation['models'])
   seen = {}
   for model in evaluation['models'][1:]:
@@ -109,12 +109,12 @@ def test_every_arm_has_a_look_of_its_own():
   assert len(styles) == 12
   others = [ink.LOOKS[k] for k in ('init', 'anchor', 'lerp', 'slerp', 'liti')]
   assert not styles & {(look.fill, look.marker) for look in others}
-  # The legend names them, in their order; the chart does not.
+  # The legend names them, in their order; and the chart each arm once.
   drawn = front.front_svg(evaluation)
   places = [drawn.index(f'>arm_{i}<') for i in reversed(range(12))]
   assert places == sorted(places) and '>aligned run<' not in drawn
-  assert set(labels(evaluation)) == {'init'}
-  assert set(labels(arms(12, seeds=1))) > {'init', 'arm_0_0', 'arm_11_0'}
+  assert set(labels(evaluation)) == {'init', *(f'arm_{i}' for i in range(12))}
+  assert set(labels(many_arms(12, seeds=1))) > {'init', 'arm_0_0', 'arm_11_0'}
 
 
 def test_kinds_without_a_look_differ_too():
@@ -129,7 +129,7 @@ def test_kinds_without_a_look_differ_too():
   looks = ink.looks(evaluation['models'])
   assert looks['run 0'] == ink.LOOKS['run']
   assert len({(look.fill, look.marker) for look in looks.values()}) == 4
-  assert [p.arm for p in front.points(evaluation)[::2]] == ['', *kinds[1:]]
+  assert [p.arm for p in points.points(evaluation)[::2]] == ['', *kinds[1:]]
 
 
 def varied():
@@ -151,7 +151,8 @@ def test_diversity_is_drawn_where_it_was_measured():
   assert 'Mean reward against diversity' in page
   assert page.count('>align_2<') == 2 and '>slerp<' not in page
   assert 'best of N' not in page  # it has no such number
-  found = {p.name: (p.x[0], p.y[0]) for p in front.points(varied(), FIELDS[1])}
+  fields = DIVERSITY[1][0]
+  found = {p.name: (p.x[0], p.y[0]) for p in points.points(varied(), fields)}
   assert found['align_1'] == (pytest.approx(0.15), 0.698)
 
 
