@@ -66,7 +66,7 @@ def transform(
     return lookup.find('losses', name)
   if name not in TRANSFORMS:
     raise UserError(
-      f'recipe.transform: found {name!r}{lookup.nearest(name, TRANSFORMS)}; '
+      f'transform: found {name!r}{lookup.nearest(name, TRANSFORMS)}; '
       f'expected one of {list(TRANSFORMS)} or module.function'
     )
   if name == 'log':

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from alignjax.core import lookup
 from alignjax.core.errors import UserError
 from alignjax.core.types import Key, Params, Reward
+from alignjax.losses import calibration
 
 Scores = Float[Array, 'B N K']
 Context = Mapping[str, Any]  # tokens, source, reward_model: what there is
@@ -177,6 +178,51 @@ def transformed(
 ) -> Reward:
   """A function of a reward's first score; `fn` is its dotted name."""
   return _mapped(context, part, lookup.find('rewards', fn))
+
+
+def calibrated(
+  tokens: Any,
+  context: Context,
+  *,
+  part: dict,
+  transform: str = 'identity',
+  scale: float = 0.0,
+  floor: float = 0.005,
+) -> Reward:
+  """Phi(C): C the chance that a reward beats a reference response's.
+
+  The rewards of the reference's responses come with the rows, from the source
+  `calibrated`; they must be those of `part` alone. This makes a reward of any
+  scale one in [0, 1], prompt by prompt, for any recipe (InfAlign, arXiv
+  2412.19792).
+
+  Args:
+    tokens, context, part: the reward, of which the first score is meant.
+    transform, scale, floor: Phi, as in `losses.calibration.transform`.
+
+  Scores [B, N, 1 + K]: Phi(C), named calibrated, then those of the part.
+  Raises UserError where a batch has no `ref_reward`.
+  """
+  del tokens
+  phi = calibration.transform(transform, scale, floor)
+  inner = build(part, context)
+
+  def references(bundle, batch, key):
+    del bundle, key
+    if 'ref_reward' not in batch:
+      raise UserError(
+        'compose.calibrated: rows without ref_reward; the source must be '
+        'calibrated (rewards of reference responses to each of its prompts)'
+      )
+    found = batch['ref_reward'][:, None, :]
+    return jnp.repeat(found, batch['response'].shape[1], axis=1)
+
+  def join(scores, references):
+    chance = calibration.calibrated(scores[..., :1], references)
+    return jnp.concatenate([phi(chance), scores], axis=-1)
+
+  names = 'calibrated', *getattr(inner, 'names', ('reward',))
+  return joined([inner, references], join, names)
 
 
 class _Late(BaseException):

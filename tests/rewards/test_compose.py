@@ -130,6 +130,49 @@ def test_functions_of_rewards():
   )
 
 
+@pytest.mark.parametrize('inner', ['first_id', 'tokens_of'])  # host, device
+def test_a_calibrated_reward_is_the_chance_to_beat_the_reference(inner):
+  batch = batch_of()
+  plain = scored(compose.build(section(inner), CONTEXT), batch)
+  reference = np.sort(np.random.default_rng(1).integers(1, 200, (8, 5)), 1)
+  batch['ref_reward'] = jnp.asarray(reference, jnp.float32)
+  reward = compose.build(
+    {'name': 'compose.calibrated', 'part': section(inner)}, CONTEXT
+  )
+  found = scored(reward, batch)
+  assert (
+    reward.names[0] == 'calibrated' and len(reward.names) == (found.shape[-1])
+  )
+  mine, theirs = plain[:, :, :1], reference[:, None, :]
+  want = np.mean((theirs < mine) + 0.5 * (theirs == mine), axis=-1)
+  np.testing.assert_allclose(found[..., 0], want, rtol=1e-6)
+  np.testing.assert_array_equal(found[..., 1:], plain)
+  # Of any increasing function of the reward it is the same; Phi comes after.
+  part = {'name': 'compose.affine', 'part': section(inner), 'scale': 3.0}
+  batch['ref_reward'] *= 3
+  exp = {'transform': 'exp', 'scale': 4.0}
+  made = compose.build(
+    {'name': 'compose.calibrated', 'part': part, **exp}, CONTEXT
+  )
+  np.testing.assert_allclose(
+    scored(made, batch)[..., 0], np.expm1(4 * want) / np.expm1(4), rtol=1e-5
+  )
+  stages = overlap(lambda b, x, k: x, score(made), chunks=2)
+  np.testing.assert_array_equal(
+    scored(made, batch, stages), scored(made, batch)
+  )
+
+
+def test_a_calibrated_reward_needs_calibrated_rows():
+  part = section('tokens_of')
+  reward = compose.build({'name': 'compose.calibrated', 'part': part}, CONTEXT)
+  with pytest.raises(UserError, match='rows without ref_reward'):
+    scored(reward, batch_of())
+  bad = {'name': 'compose.calibrated', 'part': part, 'transform': 'expp'}
+  with pytest.raises(UserError, match="transform: found .expp.; did you mean .exp."):
+    compose.build(bad, CONTEXT)
+
+
 def test_statistics_of_a_calibration(tmp_path):
   np.save(tmp_path / 'rewards.npy', np.array([[1.0, 3.0], [2.0, 6.0]]))
   reward = compose.build(
