@@ -19,6 +19,7 @@ README = (ROOT / 'README.md').read_text('utf-8')
 ENVIRONMENT = os.environ | {
   'XLA_FLAGS': '',
   'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+  'PYTHONPATH': str(ROOT),
 }
 
 
@@ -48,7 +49,7 @@ def shell(command, where):
   return subprocess.run(
     shlex.split(command),
     cwd=where,
-    env=ENVIRONMENT | {'PYTHONPATH': str(ROOT)},
+    env=ENVIRONMENT,
     stdin=subprocess.DEVNULL,
     capture_output=True,
     text=True,
