@@ -169,7 +169,9 @@ def test_a_calibrated_reward_needs_calibrated_rows():
   with pytest.raises(UserError, match='rows without ref_reward'):
     scored(reward, batch_of())
   bad = {'name': 'compose.calibrated', 'part': part, 'transform': 'expp'}
-  with pytest.raises(UserError, match="transform: found .expp.; did you mean .exp."):
+  with pytest.raises(
+    UserError, match='transform: found .expp.; did you mean .exp.'
+  ):
     compose.build(bad, CONTEXT)
 
 
