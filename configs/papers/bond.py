@@ -31,7 +31,7 @@ def get_config(variant: str = '') -> ConfigDict:
   recipe = defaults(
     'recipes', 'bond', n=2, anchor_period=period, max_new_tokens=40
   )
-  c = base.online(recipe, steps=4 if tiny else 100, lr=1e-3)
+  c = base.online(recipe, steps=4 if tiny else 100, lr=3e-4)
   c.start.anchor = '@policy'
   return base.experiment(
     c,

@@ -35,7 +35,7 @@ def get_config(variant: str = '') -> ConfigDict:
     groups=2 if tiny else 4,
     max_new_tokens=16 if tiny else 40,
   )
-  c = online(recipe, steps=3 if tiny else 200, lr=1e-3)
+  c = online(recipe, steps=3 if tiny else 200, lr=1e-4)
   # Brevity: the share of the room for tokens that a response leaves.
   brevity = {'name': 'text.length', 'target': 0}
   brevity['tolerance'] = recipe.max_new_tokens

@@ -29,7 +29,7 @@ VARIANTS = ('', 'tiny')
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'
   recipe = defaults('recipes', 'jbond', ema_rate=0.02, max_new_tokens=40)
-  c = base.online(recipe, steps=4 if tiny else 150, lr=1e-3)
+  c = base.online(recipe, steps=4 if tiny else 150, lr=3e-4)
   return base.experiment(
     c,
     tiny=tiny,

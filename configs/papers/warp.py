@@ -46,7 +46,7 @@ def get_config(variant: str = '') -> ConfigDict:
     'recipes', 'warp', kl_coef=0.1, ema_rate=0.01, max_new_tokens=40
   )
   return base.experiment(
-    base.online(recipe, steps=100, lr=1e-3),
+    base.online(recipe, steps=100, lr=3e-4),
     tiny=tiny,
     runs=2 if tiny else 3,
     steps=(6, 4) if tiny else (90, 70, 50),  # of each round
