@@ -23,7 +23,7 @@ VARIANTS = {
 def get_config(variant: str = ''):
   numbers = dict(response_count=8, updates=2, max_new_tokens=40)
   recipe = defaults('recipes', 'grpo', **numbers, **VARIANTS[variant])
-  c = online(recipe, steps=100, lr=1e-3)
+  c = online(recipe, steps=100, lr=1e-4)
   if recipe.kl_coef:
     c.start.reference = '@policy'
   return c

@@ -16,7 +16,7 @@ def get_config():
   recipe = defaults(
     'recipes', 'ppo', response_count=2, updates=2, max_new_tokens=40
   )
-  c = online(recipe, steps=100, lr=1e-3)
+  c = online(recipe, steps=100, lr=1e-4)
   c.start.reference = '@policy'
   c.start.value = '@policy'
   c.optimizer.table = (('value/.*', 3.0), ('.*', 1.0))

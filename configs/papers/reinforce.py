@@ -18,6 +18,6 @@ def get_config():
   recipe = defaults(
     'recipes', 'reinforce', kl_coef=0.05, response_count=4, max_new_tokens=40
   )
-  c = online(recipe, steps=100, lr=1e-3)
+  c = online(recipe, steps=100, lr=1e-4)
   c.start.reference = '@policy'
   return c
