@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 SEARCH = ['cmaes']
 TEST = [
@@ -27,6 +27,16 @@ setup(
   python_requires='>=3.11,<3.14',
   packages=find_packages(include=['alignjax', 'alignjax.*']),
   package_data={'alignjax.report': ['*.css', '*.js', '*.html']},
+  # Loaded with ctypes, so that it needs a compiler and no headers of Python's;
+  # without a compiler the same is computed by NumPy.
+  ext_modules=[
+    Extension(
+      'alignjax.merge._fused',
+      ['alignjax/merge/fused.c'],
+      extra_compile_args=['-O3', '-ffp-contract=off'],
+      optional=True,
+    )
+  ],
   install_requires=[
     'absl-py',
     'array_record',

@@ -11,10 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from alignjax.merge import fused
+
 Array = Any  # NumPy's or JAX's
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
-_UPPER = np.uint32(0xFFFF0000)
 
 
 def namespace(x: Any) -> Any:
@@ -46,6 +47,8 @@ def known(x: Any) -> bool:
 def float32(x: Any) -> Any:
   """`x` as float32; a view where it is."""
   if isinstance(x, np.ndarray) and x.dtype == _BF16:
+    if fused.takes(x):
+      return fused.widen(x)
     # bfloat16 is the upper half of a float32.
     wide = x.view(np.uint16).astype(np.uint32)
     return np.left_shift(wide, 16, out=wide).view(np.float32)
@@ -57,8 +60,14 @@ def rounded(x: Any, dtype: Any) -> Any:
   dtype = np.dtype(dtype)
   if not isinstance(x, np.ndarray) or dtype != _BF16:
     with np.errstate(over='ignore'):
-      return x.astype(dtype)
-  out = _carried(x.view(np.uint32))
+      return x.astype(dtype, copy=False)
+  if fused.takes(x):
+    return fused.narrow(x)
+  bits = x.view(np.uint32)
+  out = np.right_shift(bits, 16)
+  out &= 1
+  out += 0x7FFF
+  out += bits
   out >>= 16
   out = out.astype(np.uint16)
   if not np.isfinite(np.dot(x.reshape(-1), x.reshape(-1))):
@@ -67,45 +76,11 @@ def rounded(x: Any, dtype: Any) -> Any:
   return out.view(_BF16)
 
 
-def _carried(bits: np.ndarray) -> np.ndarray:
-  """Bits of float32 whose upper halves are rounded to nearest, ties to even."""
-  out = np.right_shift(bits, 16)
-  out &= 1
-  out += 0x7FFF
-  out += bits
-  return out
-
-
-def planes(x: np.ndarray) -> np.ndarray:
-  """float32 [2, n / 2] of bfloat16 items: those at even, at odd places.
-
-  Two neighbours are read as one uint32, so that each takes a single operation;
-  for methods that do not ask where an item lies. `joined` inverts it.
-  """
-  pairs = x.reshape(-1).view(np.uint32)
-  out = np.empty((2, pairs.size), np.uint32)
-  np.left_shift(pairs, 16, out=out[0])  # the lower half lies first
-  np.bitwise_and(pairs, _UPPER, out=out[1])
-  return out.view(np.float32)
-
-
-def paired(x: np.ndarray) -> bool:
-  """Whether `planes` can take it."""
-  usable = x.dtype == _BF16 and x.size % 2 == 0 and x.flags.c_contiguous
-  return usable and sys.byteorder == 'little'
-
-
-def joined(x: np.ndarray, dtype: Any) -> np.ndarray:
-  """[n] of `planes`, rounded to nearest as `rounded` does."""
-  if np.dtype(dtype) != _BF16:
-    return rounded(np.ascontiguousarray(x.T).reshape(-1), dtype)
-  if not np.isfinite(np.dot(x.reshape(-1), x.reshape(-1))):
-    return rounded(np.ascontiguousarray(x.T).reshape(-1), dtype)
-  low, high = _carried(x.view(np.uint32))
-  low >>= 16
-  high &= _UPPER
-  low |= high
-  return low.view(_BF16)
+def finite(x: np.ndarray) -> bool:
+  """Whether no item is NaN or infinite."""
+  if fused.takes(x):
+    return fused.finite(x)
+  return bool(np.isfinite(float32(x)).all())
 
 
 def inner(a: Any, b: Any) -> Any:

@@ -84,7 +84,7 @@ def total(
   """
 
   def measured(block: tuple[int, int]) -> Any:
-    _, (base, *models) = _wide(how, leaf.read(*block))
+    base, *models = _taken(how, leaf.read(*block))
     return how.passes[which].measure(base, tuple(models), stats)
 
   found: Any = None
@@ -93,7 +93,7 @@ def total(
   if how.grouped and not np.isfinite(found).all():
     # Squares may overflow where no weight is to blame.
     for block in leaf.blocks():
-      _check_finite(leaf, block, _wide(how, leaf.read(*block))[1])
+      _check_finite(leaf, block, leaf.read(*block))
   return found
 
 
@@ -132,9 +132,10 @@ def merged(
 
   Raises UserError for inputs that are not finite.
   """
-  split, (base, *models) = _wide(how, leaf.read(*block))
+  found = leaf.read(*block)
   if not how.grouped:  # else its total has told, over all blocks
-    _check_finite(leaf, block, (base, *models))
+    _check_finite(leaf, block, found)
+  base, *models = _taken(how, found)
   index = None
   if how.random:
     if leaf.size > 2**32:
@@ -147,30 +148,26 @@ def merged(
     x = method.combine(
       how, base, models, stats, numbers, name=leaf.name, index=index
     )
-    x = arrays.joined(x, dtype) if split else arrays.rounded(x, dtype)
-    results.append(x.reshape(-1, leaf.columns))
+    results.append(arrays.rounded(x, dtype))
   return results
 
 
 def _check_finite(
   leaf: Leaf, block: tuple[int, int], found: Sequence[np.ndarray]
 ) -> None:
-  if not all(map(finite, found)):
+  if not all(map(arrays.finite, found)):
     raise UserError(
       f'leaf {leaf.name!r} has NaN or infinite weights in one of the inputs, in'
       f' rows {block[0]} to {block[1] - 1} of {leaf.rows}'
     )
 
 
-def _wide(
-  how: Method, found: Sequence[np.ndarray]
-) -> tuple[bool, list[np.ndarray]]:
-  """float32 of what was read, each array once; whether they are planes."""
-  free = not how.by_rows and not how.random
-  split = free and all(map(arrays.paired, found))
-  widen = arrays.planes if split else arrays.float32
-  known = {id(x): widen(x) for x in found}
-  return split, [known[id(x)] for x in found]
+def _taken(how: Method, found: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """What was read as the method takes it, each array once."""
+  if how.as_stored:
+    return list(found)
+  known = {id(x): arrays.float32(x) for x in found}
+  return [known[id(x)] for x in found]
 
 
 def same_integers(name: str, base: Any, leaves: Sequence[Any]) -> Any:
@@ -193,12 +190,6 @@ def keep_freed_memory() -> None:
     return
   for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc
     mallopt(option, 2**30)
-
-
-def finite(x: np.ndarray) -> bool:
-  """Whether no item is NaN or infinite; one fast look in most cases."""
-  flat = x.reshape(-1)
-  return bool(np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all())
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from alignjax.merge import arrays
+from alignjax.merge import arrays, fused
 from alignjax.merge.arrays import Array
 
 _COLLINEAR = 1e-6  # sin(angle) below which SLERP is LERP
@@ -19,15 +19,21 @@ _OPPOSITE = 1e-3  # radians from pi at which no path is defined
 def task_gram(
   base: Float[Array, '...'], leaves: Sequence[Float[Array, '...']], stats: Any
 ) -> Float[Array, 'M M']:
-  """Inner products of leaf - base."""
+  """Inner products of leaf - base; NumPy's arrays may be as they are stored."""
+  if fused.takes(base, *leaves):
+    return fused.gram(base, leaves)
+  base, *leaves = map(arrays.float32, (base, *leaves))
   return full_gram(base, [leaf - base for leaf in leaves], stats)
 
 
 def full_gram(
   base: Float[Array, '...'], leaves: Sequence[Float[Array, '...']], stats: Any
 ) -> Float[Array, 'M M']:
-  """Inner products of the leaves themselves."""
+  """Inner products of the leaves themselves, likewise."""
   del base, stats
+  if fused.takes(*leaves):
+    return fused.gram(None, leaves)
+  leaves = [arrays.float32(leaf) for leaf in leaves]
   xp, models = arrays.namespace(leaves[0]), range(len(leaves))
   found = {
     (i, j): arrays.inner(leaves[i], leaves[j])

@@ -63,6 +63,8 @@ class Method(NamedTuple):
     uses_base: what it gives depends on the base.
     passes: made in order before `fn`, which gets `stats` of the last.
     grouped: totals are those of a group of leaves; such a method has one pass.
+    as_stored: arrays of NumPy's come in their dtypes, as `weighted_sum` and the
+      inner products of `gram`, which are all that it does with them, take them.
     by_rows: a row, the weights of one output of a linear map, belongs together.
     random: `fn` gets `uniform(m)`, in [0, 1) for every item of model m.
     counted: numbers that `prepare` makes of a leaf's size, host side.
@@ -79,6 +81,7 @@ class Method(NamedTuple):
   uses_base: bool = True
   passes: tuple[Pass, ...] = ()
   grouped: bool = False
+  as_stored: bool = False
   by_rows: bool = False
   random: bool = False
   prepare: Callable[..., dict[str, Any]] | None = None

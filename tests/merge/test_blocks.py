@@ -1,41 +1,12 @@
-"""bfloat16 in blocks: as two planes, or in its own order; the same numbers."""
+"""Leaves in blocks: whatever their shape, every item stays in its place."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from alignjax.merge import arrays, blocks, method
+from alignjax.merge import blocks, method
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def every_bfloat16(finite):
-  x = np.arange(2**16, dtype=np.uint16).view(BF16)
-  return x[np.isfinite(np.float32(x))] if finite else x
-
-
-def test_planes_are_the_even_and_the_odd_items():
-  x = every_bfloat16(finite=True)
-  even, odd = arrays.planes(x)
-  wide = np.float32(x)
-  assert even.tobytes() == wide[::2].tobytes()
-  assert odd.tobytes() == wide[1::2].tobytes()
-
-
-@pytest.mark.parametrize('finite', [True, False])
-@pytest.mark.parametrize('moved', [True, False])
-@pytest.mark.parametrize('dtype', [BF16, np.dtype('f4'), np.dtype('f2')])
-def test_planes_are_joined_as_whole_arrays_are_rounded(finite, moved, dtype):
-  planes = arrays.planes(every_bfloat16(finite))
-  if moved:
-    draw = np.random.default_rng(0).uniform(0.99, 1.01, planes.shape)
-    with np.errstate(all='ignore'):
-      planes = planes * draw.astype(np.float32)
-  flat = np.ascontiguousarray(planes.T).reshape(-1)
-  with np.errstate(all='ignore'):
-    found, expected = arrays.joined(planes, dtype), arrays.rounded(flat, dtype)
-  assert found.dtype == dtype
-  assert found.tobytes() == expected.tobytes()
 
 
 def leaf(inputs, rows, columns):
@@ -44,7 +15,6 @@ def leaf(inputs, rows, columns):
   )
 
 
-# Two rows look like two planes; an odd size has none.
 @pytest.mark.parametrize('shape', [(2, 6), (3, 5), (1, 8), (4, 3), (1, 1)])
 @pytest.mark.parametrize('name', ['linear', 'dare.linear'])
 def test_items_stay_in_their_places(shape, name):

@@ -18,6 +18,7 @@ from alignjax.merge.method import RATE, merging
   ' one, the first is the start',
   numbers={'rate': RATE},
   uses_base=False,
+  as_stored=True,
 )
 def ema(
   base: Float[Array, '...'],

@@ -44,6 +44,7 @@ def coefficients(
   passes=(Pass(full_gram, coefficients),),
   grouped=True,
   problem=problem,
+  as_stored=True,
 )
 def karcher(
   base: Float[Array, '...'],

@@ -16,6 +16,7 @@ from alignjax.merge.method import RATE, merging
   numbers={'t': RATE},
   weighted=True,
   uses_base=False,
+  as_stored=True,
 )
 def linear(
   base: Float[Array, '...'],

@@ -17,6 +17,7 @@ from alignjax.merge.method import RATE, merging
   "from the base towards one model; liti_rate is the model's share",
   numbers={'liti_rate': RATE},
   models=(1, 1),
+  as_stored=True,
 )
 def liti(
   base: Float[Array, '...'],

@@ -37,6 +37,7 @@ def ratio(gram: Float[Array, 'M M'], stats: Any = None, **numbers) -> Any:
   passes=(Pass(task_gram, ratio),),
   grouped=True,
   report=recorded,
+  as_stored=True,
 )
 def model_stock(
   base: Float[Array, '...'],

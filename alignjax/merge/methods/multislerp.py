@@ -39,6 +39,7 @@ def coefficients(
   grouped=True,
   problem=problem,
   report=recorded,
+  as_stored=True,
 )
 def multislerp(
   base: Float[Array, '...'],

@@ -62,6 +62,7 @@ def problem(gram: Float[Array, 'M M']) -> str | None:
   grouped=True,
   problem=problem,
   report=recorded,
+  as_stored=True,
 )
 def slerp(
   base: Float[Array, '...'],

@@ -42,6 +42,7 @@ def problem(gram: Float[Array, '2 2']) -> str | None:
   grouped=True,
   problem=problem,
   report=recorded,
+  as_stored=True,
 )
 def slerp_raw(
   base: Float[Array, '...'],
