@@ -194,14 +194,15 @@ def _listed(methods: Iterable[tuple[str, str, Sequence[str]]]) -> Iterator[str]:
 
 def _settings(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
   """(all of _FIELDS, numbers): those of the config, then of the flags."""
-  from alignjax.cli import config
-  from alignjax.core import lookup
-  from alignjax.core.errors import UserError
-
   given: dict[str, Any] = {}
   rest = list(argv)
   flag_words = [word.partition('=')[0] for word in argv]
   if any(w == '--config' or w.startswith('--config.') for w in flag_words):
+    # Not without need: it imports what reads configs.
+    from alignjax.cli import config
+    from alignjax.core import lookup
+    from alignjax.core.errors import UserError
+
     loaded, _, rest = config.load(argv)
     given = config.plain(loaded)
     known = {*_FIELDS, *(name for _, _, of in _methods() for name in of)}

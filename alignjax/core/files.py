@@ -57,3 +57,15 @@ def window(
   return (
     np.frombuffer(memory, np.uint8, size, skipped).view(dtype).reshape(shape)
   )
+
+
+def put(file: int, start: int, x: np.ndarray, at: int = 0) -> None:
+  """Writes the items of `x` into an open file, `at` bytes behind `start`.
+
+  From any thread; an OSError where the disk is full.
+  """
+  left = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+  at += start
+  while left:
+    done = os.pwrite(file, left, at)
+    left, at = left[done:], at + done

@@ -16,6 +16,18 @@ NAME = '.finished'
 _PAGE = 512  # uint64 of a page of 4 KiB
 
 
+class Room(NamedTuple):
+  """Where an array will lie in its file.
+
+  Attributes:
+    array: what is there so far, and what is written.
+    write: (x, byte) -> None puts the items of `x` there, from any thread.
+  """
+
+  array: np.ndarray
+  write: Callable[[np.ndarray, int], None]
+
+
 def _nowhere(name: str) -> None:
   del name
 
@@ -26,14 +38,14 @@ class Put(NamedTuple):
   Attributes:
     write: the call.
     finished: names that an earlier process has written, not to be put again.
-    room: name -> a window on where the array will lie in its file, to be filled
-      before it is put, so that a large one is written once; None where a format
-      or a file system has no such thing.
+    room: name -> where the array will lie, to be filled before it is put, so
+      that it is written once, in parts; None where a format or a file system
+      has no such thing.
   """
 
   write: Callable[..., None]
   finished: frozenset[Any] = frozenset()
-  room: Callable[[str], np.ndarray | None] = _nowhere
+  room: Callable[[str], Room | None] = _nowhere
 
   def __call__(self, *named: Any) -> None:
     self.write(*named)

@@ -20,7 +20,7 @@ from etils import epath
 
 from alignjax.core import directory
 from alignjax.core.errors import UserError
-from alignjax.core.journal import Put
+from alignjax.core.journal import Put, Room
 from alignjax.core.spec import Spec
 from alignjax.interop import (
   hf_config,
@@ -198,10 +198,12 @@ def _put(
     for name in targets(leaf) - write.finished:
       write(name, forms[leaf][1].store(np.asarray(array)))
 
-  def room(leaf: str) -> np.ndarray | None:
+  def room(leaf: str) -> Room | None:
     (name, form), several = forms[leaf], len(targets(leaf)) > 1
     found = None if several else write.room(name)
-    return None if found is None else form.load(found, leaves[leaf].shape)
+    if found is None:
+      return None
+    return found._replace(array=form.load(found.array, leaves[leaf].shape))
 
   finished = {leaf for leaf in forms if targets(leaf) <= write.finished}
   return Put(put, frozenset(finished), room)

@@ -7,6 +7,7 @@ this format: it never unpickles and never guesses.
 """
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from etils import epath
 
 from alignjax.core import files, journal
 from alignjax.core.errors import UserError
-from alignjax.core.journal import Journal, Put
+from alignjax.core.journal import Journal, Put, Room
 from alignjax.core.spec import Spec
 
 SINGLE = 'model.safetensors'
@@ -200,13 +201,15 @@ def writer(
 
     rooms: set[str] = set()
 
-    def room(name: str) -> np.ndarray | None:
+    def room(name: str) -> Room | None:
       if '://' in str(directory):
         return None
       (stream, start), spec = places[name], tensors[name]
       stream.flush()
       rooms.add(name)
-      return files.window(stream.fileno(), start, spec.shape, spec.dtype)
+      file = stream.fileno()
+      array = files.window(file, start, spec.shape, spec.dtype)
+      return Room(array, functools.partial(files.put, file, start))
 
     yield Put(put, finished, room)
     if left:

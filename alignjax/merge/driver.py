@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -175,17 +175,38 @@ def _merged(
   results = [_result(what, i, put, leaf, scratch) for i, put in left.items()]
 
   def fill(block: tuple[int, int]) -> None:
-    dtypes = [result.dtype for result in results]
+    dtypes = [result.matrix.dtype for result in results]
     found = blocks.merged(what.method, leaf, settings, block, dtypes)
     for result, x in zip(results, found):
-      result[slice(*block)] = x
+      result.fill(block, x)
 
   for _ in blocks.in_order(pool, fill, leaf.blocks()):
     pass
+  matrices = [result.matrix for result in results]
   shape = what.leaves[name].shape
   if not what.turned:
-    return [x.reshape(shape) for x in results]
-  return [inputs.stored_again(name, x, shape) for x in results]
+    return [x.reshape(shape) for x in matrices]
+  return [inputs.stored_again(name, x, shape) for x in matrices]
+
+
+class _Result(NamedTuple):
+  """A leaf that is being merged.
+
+  Attributes:
+    matrix: all of it, in memory or in a file.
+    write: (x, byte) -> None of the file where its rows lie one by one: faster
+      than by way of the matrix, whose pages would first be filled with zeros.
+  """
+
+  matrix: np.ndarray
+  write: Callable[[np.ndarray, int], None] | None = None
+
+  def fill(self, block: tuple[int, int], x: np.ndarray) -> None:
+    """Puts these rows in their place."""
+    if self.write is None:
+      self.matrix[slice(*block)] = x
+    else:
+      self.write(x, block[0] * self.matrix[0].nbytes)
 
 
 def _result(
@@ -194,14 +215,19 @@ def _result(
   put: Put,
   leaf: blocks.Leaf,
   scratch: epath.PathLike,
-) -> np.ndarray:
-  """Where a leaf is merged to: if it is large, the file where it will lie."""
+) -> _Result:
+  """Where a leaf is merged to: the file where it will lie, if there is one."""
   spec = what.outputs[which].leaves[leaf.name]
-  if what.turned and inputs.large(spec.shape, spec.dtype):
-    room = put.room(leaf.name)
-    if room is not None:
-      return inputs.as_matrix(leaf.name, room, True)
-  return inputs.empty((leaf.rows, leaf.columns), spec.dtype, scratch)
+  same = what.turned and spec.shape == what.leaves[leaf.name].shape
+  room = put.room(leaf.name) if same else None
+  if room is None:
+    shape = leaf.rows, leaf.columns
+    return _Result(inputs.empty(shape, spec.dtype, scratch))
+  matrix = inputs.as_matrix(leaf.name, room.array, True)
+  assert inputs.on_file(matrix)  # a view, whatever the format's layout
+  first = matrix.ctypes.data == room.array.ctypes.data
+  in_order = first and matrix.flags.c_contiguous
+  return _Result(matrix, room.write if in_order else None)
 
 
 def _same(what: Plan, name: str) -> np.ndarray:
