@@ -59,8 +59,8 @@ def experiment(c: ConfigDict, *, tiny: bool, **numbers: Any) -> ConfigDict:
   for the evaluation would be of prompts that were trained on.
   """
   c.source.max_bytes = 1_000_000 if tiny else 3_000_000
+  c.batch_size = 8 if tiny else 16
   if tiny:
-    c.batch_size = 8
     c.recipe.max_new_tokens = 16
     c.optimizer.warmup_steps = 2
   c.graph = ConfigDict(numbers)

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
-
 from alignjax.core.errors import UserError
+
+if typing.TYPE_CHECKING:
+  from ml_collections import ConfigDict
 
 _PACKAGE = Path(__file__).parent.parent
 _KINDS = {
@@ -108,13 +109,19 @@ def fit(field: str, value: Any, kind: type) -> Any:
     return float(value)
   if kind in (tuple, list) and isinstance(value, tuple | list):
     return kind(value)
-  if kind is dict and isinstance(value, Mapping | ConfigDict):
+  if kind is dict and (isinstance(value, Mapping) or _section(value)):
     return value
   if kind in (bool, str) and isinstance(value, kind):
     return value
   if kind not in _KINDS:
     return value
   raise UserError(f'field {field!r} takes {_KINDS[kind]}, found {value!r}')
+
+
+def _section(value: Any) -> bool:
+  """Whether it is a ConfigDict, which is no Mapping."""
+  # By its looks: whoever reads files only should not wait for the import.
+  return hasattr(value, 'to_dict')
 
 
 def _kind(parameter: inspect.Parameter) -> tuple[type | None, bool]:
@@ -174,12 +181,14 @@ def _known(what: str, fields: Iterable[str], known: Iterable[str]) -> None:
       )
 
 
-def defaults(room: str, name: str, **changed: Any) -> ConfigDict:
+def defaults(room: str, name: str, **changed: Any) -> 'ConfigDict':
   """The section of a function: its keyword-only defaults, `name`, changes.
 
   Numbers are floats unless annotated `int`. An optional number that defaults
   to None is a typed placeholder, so that it can be set later.
   """
+  from ml_collections import ConfigDict, config_dict
+
   what = f'{room} {name!r}'
   parameters = _keywords(find(room, name))
   _known(what, changed, parameters)
@@ -216,7 +225,7 @@ def build(room: str, section: Any, *parts: Any) -> Any:
       raise UserError(f'{what}: field {field!r} cannot be None')
     if value is not None and kind:
       value = fit(field, value, kind)
-    if isinstance(value, ConfigDict):
+    if _section(value):
       value = value.to_dict()
     values[field] = value
   for field, parameter in parameters.items():

@@ -4,7 +4,7 @@ COMMAND: alignjax run --config=configs/papers/bond.py --workdir=runs/bond
   --config.start.policy=MODEL --config.tokenizer=TOKENIZER
 
 Towards best-of-4: backward KL weighted 0, 0.5 and 1, and 0.5 with a learned
-quantile instead of 16 counted draws. Then best of 2 and of 4 of an anchor that
+quantile instead of 8 counted draws. Then best of 2 and of 4 of an anchor that
 the policy replaces, against a fixed n of 8 and 16. Three seeds each.
 
 Expected: 0.5 has a log-quantile close to that of 1, and 0 lags; a fixed n
@@ -27,11 +27,16 @@ VARIANTS = ('', 'tiny')
 
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'
-  period = 2 if tiny else 25
+  period = 2 if tiny else 15
   recipe = defaults(
-    'recipes', 'bond', n=2, anchor_period=period, max_new_tokens=40
+    'recipes',
+    'bond',
+    n=2,
+    anchor_period=period,
+    quantile_count=8,
+    max_new_tokens=40,
   )
-  c = base.online(recipe, steps=4 if tiny else 100, lr=3e-4)
+  c = base.online(recipe, steps=4 if tiny else 60, lr=3e-4)
   c.start.anchor = '@policy'
   return base.experiment(
     c,
@@ -56,9 +61,8 @@ def jobs(c: ConfigDict):
     for weight in c.graph.weights
   ]
   learned = {'start': start | {'quantile': '@policy'}}
-  arms.append(
-    arm('learned', {}, learned, n=4, anchor_period=0, quantile='learned')
-  )
+  numbers = {'n': 4, 'anchor_period': 0, 'quantile_count': 1}
+  arms.append(arm('learned', {}, learned, quantile='learned', **numbers))
   arms += [arm('fixed', {'n': n}, anchor_period=0) for n in c.graph.fixed]
   arms += [arm('iterated', {'n': n}) for n in c.graph.iterated]
   yield from base.compared(c, arms)

@@ -27,9 +27,9 @@ def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'
   length = 16 if tiny else 40
   recipe = defaults('recipes', 'cfg_distill', max_new_tokens=length)
-  c = online(recipe, steps=3 if tiny else 150, lr=1e-4)
+  c = online(recipe, steps=3 if tiny else 100, lr=1e-4)
   c.policy = ''
-  c.batch_size = 8 if tiny else 32
+  c.batch_size = 8 if tiny else 16
   c.source.max_bytes = 1_000_000 if tiny else 6_000_000
   c.source.uncond = ''  # no negative prompt but the beginning of a text
   c.diversity_coefs = (0.0, 15.0)  # the ends of the line

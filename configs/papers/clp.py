@@ -35,7 +35,7 @@ def get_config(variant: str = '') -> ConfigDict:
     groups=2 if tiny else 4,
     max_new_tokens=16 if tiny else 40,
   )
-  c = online(recipe, steps=3 if tiny else 200, lr=1e-4)
+  c = online(recipe, steps=3 if tiny else 120, lr=1e-4)
   # Brevity: the share of the room for tokens that a response leaves.
   brevity = {'name': 'text.length', 'target': 0}
   brevity['tolerance'] = recipe.max_new_tokens
@@ -46,7 +46,7 @@ def get_config(variant: str = '') -> ConfigDict:
     weights={},
   )
   c.policy = ''
-  c.batch_size = 8 if tiny else 32
+  c.batch_size = 8 if tiny else 16
   c.source.max_bytes = 300_000 if tiny else 2_000_000
   c.copied = ('full', 'attention', 'logits')
   c.seeds = 1 if tiny else 3

@@ -4,7 +4,7 @@ COMMAND: alignjax run --config=configs/papers/jbond.py --workdir=runs/jbond
   --config.start.policy=MODEL --config.tokenizer=TOKENIZER
 
 J-BOND with anchors that move by 0.02 and 0.05, with 0.05 and an extra pull to
-the anchor of 1 and 2, and with an anchor that is replaced every 50 steps;
+the anchor of 1 and 2, and with an anchor that is replaced every 25 steps;
 REINFORCE with two responses to a prompt, a leave-one-out baseline and a fixed
 reference, under kl_coef 0.001, 0.01, 0.1 and 1. Three seeds each.
 
@@ -29,13 +29,13 @@ VARIANTS = ('', 'tiny')
 def get_config(variant: str = '') -> ConfigDict:
   tiny = variant == 'tiny'
   recipe = defaults('recipes', 'jbond', ema_rate=0.02, max_new_tokens=40)
-  c = base.online(recipe, steps=4 if tiny else 150, lr=3e-4)
+  c = base.online(recipe, steps=4 if tiny else 100, lr=3e-4)
   return base.experiment(
     c,
     tiny=tiny,
     ema_rates=(0.02, 0.05),
     anchor_kl_coefs=(1.0,) if tiny else (1.0, 2.0),  # at the last ema_rate
-    anchor_period=2 if tiny else 50,
+    anchor_period=2 if tiny else 25,
     kl_coefs=(0.01, 1.0) if tiny else (0.001, 0.01, 0.1, 1.0),
     seeds=1 if tiny else 3,
   )

@@ -49,7 +49,7 @@ def get_config(variant: str = '') -> ConfigDict:
     base.online(recipe, steps=100, lr=3e-4),
     tiny=tiny,
     runs=2 if tiny else 3,
-    steps=(6, 4) if tiny else (90, 70, 50),  # of each round
+    steps=(6, 4) if tiny else (72, 56, 40),  # of each round
     liti_rate=0.3,  # towards the next round's init
     rates=(0.3, 0.6) if tiny else (0.1, 0.3, 0.5, 0.8),  # of the fronts
     write_rounds=True,  # a model directory of every round's merge
