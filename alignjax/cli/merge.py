@@ -272,7 +272,7 @@ def main(argv: Sequence[str]) -> int:
   settings, numbers = _settings(argv)
   _check(settings)
 
-  from alignjax.merge import planning
+  from alignjax.merge import fused, planning
 
   dry_run = settings.pop('dry_run')
   name = settings.pop('method')
@@ -281,6 +281,11 @@ def main(argv: Sequence[str]) -> int:
   for output in what.outputs:
     for note in output.notes:
       print(f'note: {note}')
+  if not fused.compiled:
+    print(
+      'note: alignjax was installed where there is no C compiler, so that this'
+      ' takes longer; install one and alignjax again'
+    )
   if dry_run:
     from alignjax.merge import driver
 

@@ -25,6 +25,14 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('workdir', nargs='*', help='where runs were written')
   parser.add_argument('--out', help='default: report.html in the first WORKDIR')
   parser.add_argument('--png', help='also write the front as a small PNG')
+  parser.add_argument(
+    '--axes',
+    nargs=2,
+    default=('kl', 'reward'),
+    metavar='NAME',
+    help='what the PNG draws to the right and upwards: kl, reward, diversity,'
+    ' win_rate, best_of_4, worst_of_4',
+  )
   parser.add_argument('--config', help=argparse.SUPPRESS)
   parser.add_argument('--workdir', dest='job', help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
@@ -43,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
       raise UserError(
         f'--png draws an evaluation.json, found none in {args.workdir[0]}.'
       )
-    front_png(evaluations[0], args.png)
+    front_png(evaluations[0], args.png, tuple(args.axes))
   out = Path(args.out or Path(args.workdir[0]) / 'report.html')
   for line in report(args.workdir, out):
     print(f'- {line}')

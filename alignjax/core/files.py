@@ -6,9 +6,9 @@ It knows nothing of what is written.
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,13 +59,27 @@ def window(
   )
 
 
-def put(file: int, start: int, x: np.ndarray, at: int = 0) -> None:
-  """Writes the items of `x` into an open file, `at` bytes behind `start`.
+class Room(NamedTuple):
+  """A part of an open file.
 
-  From any thread; an OSError where the disk is full.
+  Attributes:
+    array: what lies there, whoever wrote it.
+    write: (x, byte) -> None puts the items of `x` there, from any thread; an
+      OSError where the disk is full.
   """
-  left = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
-  at += start
-  while left:
-    done = os.pwrite(file, left, at)
-    left, at = left[done:], at + done
+
+  array: np.ndarray
+  write: Callable[[np.ndarray, int], None]
+
+
+def room(file: int, start: int, shape: Sequence[int], dtype: Any) -> Room:
+  """The part of an open file that an array takes, from byte `start` on."""
+
+  def write(x: np.ndarray, at: int) -> None:
+    left = np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+    at += start
+    while left:
+      done = os.pwrite(file, left, at)
+      left, at = left[done:], at + done
+
+  return Room(window(file, start, shape, dtype), write)

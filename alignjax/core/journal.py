@@ -12,20 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignjax.core.files import Room
+
 NAME = '.finished'
 _PAGE = 512  # uint64 of a page of 4 KiB
-
-
-class Room(NamedTuple):
-  """Where an array will lie in its file.
-
-  Attributes:
-    array: what is there so far, and what is written.
-    write: (x, byte) -> None puts the items of `x` there, from any thread.
-  """
-
-  array: np.ndarray
-  write: Callable[[np.ndarray, int], None]
 
 
 def _nowhere(name: str) -> None:

@@ -124,6 +124,10 @@ def _section(value: Any) -> bool:
   return hasattr(value, 'to_dict')
 
 
+def _plain(value: Any) -> Any:
+  return value.to_dict() if _section(value) else value
+
+
 def _kind(parameter: inspect.Parameter) -> tuple[type | None, bool]:
   """(kind of value, may it be None) of a keyword; (None, True): anything."""
   annotation, default = parameter.annotation, parameter.default
@@ -217,7 +221,9 @@ def build(room: str, section: Any, *parts: Any) -> Any:
   fn = find(room, name)
   parameters = _keywords(fn)
   what = f'{room} {name!r}'
-  values = {field: section[field] for field in section if field != 'name'}
+  values: dict[str, Any] = {
+    field: section[field] for field in section if field != 'name'
+  }
   _known(what, values, parameters)
   for field, value in values.items():
     kind, optional = _kind(parameters[field])
@@ -225,9 +231,7 @@ def build(room: str, section: Any, *parts: Any) -> Any:
       raise UserError(f'{what}: field {field!r} cannot be None')
     if value is not None and kind:
       value = fit(field, value, kind)
-    if _section(value):
-      value = value.to_dict()
-    values[field] = value
+    values[field] = _plain(value)
   for field, parameter in parameters.items():
     if parameter.default is parameter.empty and field not in values:
       raise UserError(f'{what} needs a value for {field!r}')

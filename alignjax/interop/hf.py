@@ -20,7 +20,8 @@ from etils import epath
 
 from alignjax.core import directory
 from alignjax.core.errors import UserError
-from alignjax.core.journal import Put, Room
+from alignjax.core.files import Room
+from alignjax.core.journal import Put
 from alignjax.core.spec import Spec
 from alignjax.interop import (
   hf_config,

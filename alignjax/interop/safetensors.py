@@ -7,7 +7,6 @@ this format: it never unpickles and never guesses.
 """
 
 import contextlib
-import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from etils import epath
 
 from alignjax.core import files, journal
 from alignjax.core.errors import UserError
-from alignjax.core.journal import Journal, Put, Room
+from alignjax.core.files import Room
+from alignjax.core.journal import Journal, Put
 from alignjax.core.spec import Spec
 
 SINGLE = 'model.safetensors'
@@ -207,9 +207,7 @@ def writer(
       (stream, start), spec = places[name], tensors[name]
       stream.flush()
       rooms.add(name)
-      file = stream.fileno()
-      array = files.window(file, start, spec.shape, spec.dtype)
-      return Room(array, functools.partial(files.put, file, start))
+      return files.room(stream.fileno(), start, spec.shape, spec.dtype)
 
     yield Put(put, finished, room)
     if left:

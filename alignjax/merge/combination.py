@@ -15,8 +15,8 @@ def weighted_sum(
 ) -> Any:
   """sum_m weights_m terms_m; an array that has all the weight, bit for bit.
 
-  NumPy's terms may be as they are stored. The bits (negative zeros, and non-finite values elsewhere) need a selection,
-  not a product with 1.
+  NumPy's terms may be as they are stored. The bits (negative zeros, and
+  non-finite values elsewhere) need a selection, not a product with 1.
   """
   if all(map(arrays.known, weights)):
     return _known(terms, [np.float32(weight) for weight in weights])

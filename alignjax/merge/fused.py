@@ -8,8 +8,9 @@ what a method does.
 """
 
 import ctypes
-import importlib.util
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,10 +21,11 @@ _WIDE = {_BF16: 0, np.dtype(np.float32): 1}  # the dtypes that C takes
 
 
 def _library() -> ctypes.CDLL | None:
-  found = importlib.util.find_spec('alignjax.merge._fused')
-  if found is None or found.origin is None:
+  suffix = sysconfig.get_config_var('EXT_SUFFIX')
+  try:
+    library = ctypes.CDLL(str(Path(__file__).with_name(f'_fused{suffix}')))
+  except OSError:  # not there, or of another machine
     return None
-  library = ctypes.CDLL(found.origin)
   size, pointer, kind = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
   for name, arguments in (
     ('widen', (size, pointer, pointer)),

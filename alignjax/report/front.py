@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignjax.core import files
+from alignjax.core.errors import UserError
+from alignjax.core.lookup import nearest
 from alignjax.report import arms, grid, ink
 from alignjax.report.labels import LEADER, place
 from alignjax.report.points import FRONT, Point, points, sweeps
@@ -58,13 +60,28 @@ def front_svg(
     return ink.svg(draw(evaluation, fields), title)
 
 
-def front_png(evaluation: dict[str, Any], path: str | os.PathLike) -> None:
-  """Write the front as a PNG under 80 kB (256 colours)."""
+def front_png(
+  evaluation: dict[str, Any],
+  path: str | os.PathLike,
+  fields: tuple[str, str] = FRONT,
+) -> None:
+  """Write the front, or two other fields, as a PNG under 80 kB (256 colours).
+
+  Raises UserError where fewer than two models have them.
+  """
+  for field in fields:
+    if field not in NAMES:
+      raise UserError(
+        f'no chart of {field!r}{nearest(field, NAMES)} (there are'
+        f' {", ".join(NAMES)})'
+      )
+  if len(points(evaluation, fields)) < 2:
+    raise UserError(f'{" and ".join(fields)} are not of two models or more')
   from PIL import Image  # matplotlib brings it
 
   buffer = io.BytesIO()
   with ink.style('png'):
-    figure = draw(evaluation)
+    figure = draw(evaluation, fields)
     FigureCanvasAgg(figure).print_figure(
       buffer,
       dpi=72 * 1.25,

@@ -186,6 +186,17 @@ def test_png_is_small_and_keeps_the_colours(tmp_path):
   assert path.read_bytes() == data
 
 
+def test_png_of_other_measures(tmp_path):
+  path, other = tmp_path / 'front.png', tmp_path / 'wins.png'
+  front.front_png(synthetic.evaluation(), path)
+  front.front_png(synthetic.evaluation(), other, ('kl', 'win_rate'))
+  assert other.read_bytes() != path.read_bytes()
+  with pytest.raises(UserError, match="'rewrd'; did you mean 'reward'"):
+    front.front_png(synthetic.evaluation(), other, ('kl', 'rewrd'))
+  with pytest.raises(UserError, match='kl and diversity are not of two models'):
+    front.front_png(synthetic.evaluation(), other, ('kl', 'diversity'))
+
+
 def test_png_that_cannot_be_written(tmp_path):
   (tmp_path / 'front.png').mkdir()
   with pytest.raises(UserError, match='front.png: cannot be written'):
