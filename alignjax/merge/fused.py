@@ -45,7 +45,10 @@ compiled = _C is not None
 def takes(*found: Any) -> bool:
   """Whether C is there and these are arrays of NumPy's that it reads."""
   return compiled and all(
-    isinstance(x, np.ndarray) and x.dtype in _WIDE and x.flags.c_contiguous
+    isinstance(x, np.ndarray)
+    and x.dtype in _WIDE
+    and x.flags.c_contiguous
+    and x.flags.aligned
     for x in found
   )
 

@@ -113,6 +113,8 @@ def test_only_what_lies_in_order_is_taken():
   assert fused.takes(x)
   assert not fused.takes(x[:, ::2])
   assert not fused.takes(x.astype(np.float16))
+  odd = np.zeros(17, np.uint8)[1:].view(F32)
+  assert not fused.takes(odd) and arrays.finite(odd)
   # What is not taken is computed all the same.
   assert np.array_equal(arrays.float32(x[:, ::2]), np.float32(x)[:, ::2])
   half = weighted_sum([x[:, ::2], x[:, 1::2]], (0.5, 0.5))
