@@ -60,6 +60,7 @@ setup(
   ],
   extras_require={
     'tpu': ['jax[tpu]'],
+    'gcs': ['gcsfs'],  # gs:// paths
     'plan': ['jax[tpu]'],  # with the libtpu that this jaxlib can read
     'search': SEARCH,  # alignjax merge search
     'test': TEST,

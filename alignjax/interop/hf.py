@@ -29,6 +29,7 @@ from alignjax.interop import (
   hf_files,
   hf_names,
   safetensors,
+  safetensors_write,
 )
 from alignjax.interop.opened import Opened
 from alignjax.interop.safetensors import Tensor
@@ -134,7 +135,7 @@ def writer(
   files: Sequence[epath.PathLike] = (),
   record: Mapping[str, Any] = {},  # noqa: B006
   overwrite: bool = False,
-  shard_bytes: int = safetensors.SHARD_BYTES,
+  shard_bytes: int = safetensors_write.SHARD_BYTES,
   task: str = '',
 ) -> Iterator[Put]:
   """Writes a directory that transformers loads: all of it or nothing.
@@ -167,11 +168,11 @@ def writer(
   names, heads = _names(model_type, leaves, source)
   specs = {name: _stored(leaves[leaf], form) for leaf, name, form in names}
   specs |= dict.fromkeys(heads, table)
-  total = sum(map(safetensors.size, specs.values()))
+  total = sum(map(safetensors_write.size, specs.values()))
   forms = {leaf: (name, form) for leaf, name, form in names}
 
   with directory.replaced(path, total, task) as partial:
-    with safetensors.writer(
+    with safetensors_write.writer(
       partial, specs, shard_bytes=shard_bytes, resume=bool(task)
     ) as write:
       yield _put(write, forms, heads, leaves)

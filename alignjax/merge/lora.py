@@ -18,7 +18,13 @@ from etils import epath
 from alignjax.core import directory
 from alignjax.core.errors import UserError
 from alignjax.core.spec import Spec
-from alignjax.interop import hf_facts, hf_files, hf_names, safetensors
+from alignjax.interop import (
+  hf_facts,
+  hf_files,
+  hf_names,
+  safetensors,
+  safetensors_write,
+)
 from alignjax.interop.opened import Opened
 from alignjax.merge import arrays, inputs
 
@@ -239,7 +245,7 @@ def _write(
   }
   specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
   with directory.replaced(path) as partial:
-    with safetensors.writer(partial, specs, shard_bytes=2**62) as put:
+    with safetensors_write.writer(partial, specs, shard_bytes=2**62) as put:
       for name, x in tensors.items():
         put(name, x)
     (partial / safetensors.SINGLE).rename(partial / WEIGHTS)

@@ -9,7 +9,7 @@ from safetensors import numpy as peer
 
 from alignjax.core.errors import UserError
 from alignjax.core.spec import Spec
-from alignjax.interop import safetensors
+from alignjax.interop import safetensors, safetensors_write
 
 BF16 = ml_dtypes.bfloat16
 
@@ -58,7 +58,7 @@ def test_writes_the_file_that_the_package_writes(tmp_path):
   # Byte for byte, so that a file that is read and written stays as it was.
   values = arrays() | {'ä"\n': np.ones(3, np.float32)}
   peer.save_file(values, tmp_path / 'x.safetensors', {'format': 'pt'})
-  with safetensors.writer(tmp_path, specs(values)) as put:
+  with safetensors_write.writer(tmp_path, specs(values)) as put:
     for name in sorted(values):
       put(name, values[name])
   ours = (tmp_path / 'model.safetensors').read_bytes()
@@ -90,7 +90,7 @@ def test_same_compares_bytes(tmp_path):
 
 def test_shards_and_index(tmp_path):
   values = {f't{i}': np.full((10,), i, np.float32) for i in range(5)}
-  with safetensors.writer(tmp_path, specs(values), shard_bytes=80) as put:
+  with safetensors_write.writer(tmp_path, specs(values), shard_bytes=80) as put:
     for name in reversed(values):
       put(name, values[name])
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
@@ -111,7 +111,7 @@ def test_shards_and_index(tmp_path):
 
 def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
   values = {'a': np.zeros(30, np.uint8), 'b': np.ones(2, np.uint8)}
-  with safetensors.writer(tmp_path, specs(values), shard_bytes=8) as put:
+  with safetensors_write.writer(tmp_path, specs(values), shard_bytes=8) as put:
     for name, x in values.items():
       put(name, x)
   assert len(list(tmp_path.glob('*.safetensors'))) == 2
@@ -129,7 +129,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
 def test_writer_is_held_to_its_announcement(tmp_path, puts, message):
   announced = {'a': Spec((2,), np.float32)}
   with pytest.raises(ValueError, match=message):
-    with safetensors.writer(tmp_path, announced) as put:
+    with safetensors_write.writer(tmp_path, announced) as put:
       for name, x in puts:
         put(name, x)
 
