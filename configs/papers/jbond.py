@@ -4,7 +4,8 @@ COMMAND: alignjax run --config=configs/papers/jbond.py --workdir=runs/jbond
   --config.start.policy=MODEL --config.tokenizer=TOKENIZER
 
 J-BOND with anchors that move by 0.02 and 0.05, with 0.05 and an extra pull to
-the anchor of 1 and 2, and with an anchor that is replaced every 25 steps;
+the anchor of 1 and 2, and with an anchor that is replaced every 25 steps
+(paper: 50, of more steps);
 REINFORCE with two responses to a prompt, a leave-one-out baseline and a fixed
 reference, under kl_coef 0.001, 0.01, 0.1 and 1. Three seeds each.
 

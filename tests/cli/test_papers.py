@@ -121,7 +121,7 @@ def test_bond_and_jbond_compare_what_the_paper_compares():
   own = [r for r in found if r['name'] == 'jbond']
   assert {r['ema_rate'] for r in own} == {0, 0.02, 0.05}
   assert {r['anchor_kl_coef'] for r in own} == {0, 1, 2}
-  assert {r['anchor_period'] for r in own} == {0, 50}
+  assert {r['anchor_period'] for r in own} == {0, 25}
 
 
 def test_warp_starts_every_round_anew():
@@ -146,7 +146,7 @@ def test_warp_starts_every_round_anew():
   for name, c in runs.items():
     i = int(name.split('_')[1])
     assert c['start'] == {'policy': inits[i - 1]}  # and so does the anchor
-    assert c['steps'] == (90, 70, 50)[i - 1]
+    assert c['steps'] == (72, 56, 40)[i - 1]
     assert 'graph' not in c
   models = graph['evaluate_rounds'].config['models']
   for i in (1, 2, 3):
