@@ -12,10 +12,9 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 
 from alignjax.core import directory
@@ -32,6 +31,9 @@ from alignjax.interop.opened import Opened
 from alignjax.models.config import Config, from_json, to_json
 from alignjax.system import leaf_files, model_dir
 
+if TYPE_CHECKING:
+  import tensorstore as ts
+
 SIDE_FILE = 'alignjax.json'
 FORMAT = 1
 _EMBEDDING = 'embedder/input_embedding'
@@ -44,7 +46,7 @@ class _Tensor(NamedTuple):
   """A tensor of the nested layout; `layer` is its place in a stack."""
 
   stored: str
-  array: ts.TensorStore
+  array: 'ts.TensorStore'
   layer: int | None = None
 
   @property
@@ -138,7 +140,7 @@ def _key(piece: deepmind_names.Piece) -> str:
 
 
 def _tensors(
-  path: epath.Path, arrays: Mapping[str, ts.TensorStore]
+  path: epath.Path, arrays: 'Mapping[str, ts.TensorStore]'
 ) -> tuple[str, dict[str, _Tensor], dict[str, _Tensor]]:
   """(layout, the decoder's tensors, others), by name in the nested layout."""
   prefix = _prefix(path, arrays)

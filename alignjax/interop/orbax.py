@@ -10,14 +10,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 
 from alignjax.core.errors import UserError
+
+if TYPE_CHECKING:
+  import tensorstore as ts
 
 _MARKS = ('manifest.ocdbt', '_METADATA', '_CHECKPOINT_METADATA')
 # Where training frameworks keep the item that holds the params.
@@ -36,11 +38,13 @@ def find(path: epath.Path) -> epath.Path | None:
   return None
 
 
-def arrays(path: epath.Path) -> dict[str, ts.TensorStore]:
+def arrays(path: epath.Path) -> 'dict[str, ts.TensorStore]':
   """Every array by name, opened and not read; names are joined by '/'.
 
   A '.' of a stored name counts as '/': Orbax writes both for nesting.
   """
+  import tensorstore as ts
+
   stored = {
     match[1]: 'zarr' if match[2] == '.zarray' else 'zarr3'
     for key in _keys(path)
@@ -64,7 +68,7 @@ def arrays(path: epath.Path) -> dict[str, ts.TensorStore]:
 
 
 def read(
-  path: epath.Path, name: str, array: ts.TensorStore, index: tuple[int, ...]
+  path: epath.Path, name: str, array: 'ts.TensorStore', index: tuple[int, ...]
 ) -> np.ndarray:
   """`array[index]`; nothing else of it is kept. Raises UserError if damaged."""
   with _readable(path, name):
@@ -84,6 +88,8 @@ def _readable(path: epath.Path, name: str) -> Iterator[None]:
 
 def _keys(path: epath.Path) -> list[str]:
   """Every key of the store, chunks included."""
+  import tensorstore as ts
+
   try:
     store = ts.KvStore.open(_store(path)).result()
     return [key.decode() for key in store.list().result()]

@@ -44,9 +44,11 @@ class Leaf(NamedTuple):
   def size(self) -> int:
     return self.rows * self.columns
 
-  def blocks(self) -> Iterator[tuple[int, int]]:
+  def blocks(self, how: Method) -> Iterator[tuple[int, int]]:
     """(start, stop) of rows, together all of them."""
-    step = max(1, ITEMS // max(1, self.columns))
+    # What C reads once leaves little in the cache: fewer calls are faster.
+    items = 2 * ITEMS if how.as_stored else ITEMS
+    step = max(1, items // max(1, self.columns))
     for start in range(0, self.rows, step):
       yield start, min(start + step, self.rows)
 
@@ -88,11 +90,11 @@ def total(
     return how.passes[which].measure(base, tuple(models), stats)
 
   found: Any = None
-  for part in in_order(pool, measured, leaf.blocks()):
+  for part in in_order(pool, measured, leaf.blocks(how)):
     found = part if found is None else found + part
   if how.grouped and not np.isfinite(found).all():
     # Squares may overflow where no weight is to blame.
-    for block in leaf.blocks():
+    for block in leaf.blocks(how):
       _check_finite(leaf, block, leaf.read(*block))
   return found
 

@@ -180,7 +180,7 @@ def _merged(
     for result, x in zip(results, found):
       result.fill(block, x)
 
-  for _ in blocks.in_order(pool, fill, leaf.blocks()):
+  for _ in blocks.in_order(pool, fill, leaf.blocks(what.method)):
     pass
   matrices = [result.matrix for result in results]
   shape = what.leaves[name].shape

@@ -117,7 +117,7 @@ def near_leaf(
   setting = blocks.settled(how, one, numbers, total)
   kind = np.asarray(base).dtype if dtype is None else dtype
   out = np.empty((one.rows, one.columns), kind)
-  for start, stop in one.blocks():
+  for start, stop in one.blocks(how):
     (x,) = blocks.merged(how, one, [setting], (start, stop), [out.dtype])
     out[start:stop] = x
   if how.by_rows:

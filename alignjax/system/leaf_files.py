@@ -12,13 +12,15 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 
 from alignjax.core import naming
+
+if TYPE_CHECKING:
+  import tensorstore as ts
 
 CHUNK_BYTES = 32 * 2**20
 # What reading or writing holds beyond the array: a chunk as it is given, as
@@ -28,8 +30,10 @@ PASSING_BYTES = 4 * CHUNK_BYTES
 Box = tuple[slice, ...]
 
 
-def open_array(path: epath.Path) -> ts.TensorStore:
+def open_array(path: epath.Path) -> 'ts.TensorStore':
   """Opens to read. Raises ValueError or OSError for what is no array."""
+  import tensorstore as ts  # late: other formats need not wait for it
+
   spec = {'driver': 'zarr', 'kvstore': _store(path)}
   return ts.open(spec, read=True).result()
 
@@ -37,7 +41,7 @@ def open_array(path: epath.Path) -> ts.TensorStore:
 Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
 
-def read(array: ts.TensorStore, allocate: Allocate = np.empty) -> np.ndarray:
+def read(array: 'ts.TensorStore', allocate: Allocate = np.empty) -> np.ndarray:
   """The whole array. Raises ValueError or OSError if it is damaged.
 
   One of several chunks is read into what `allocate(shape, dtype)` gives.
@@ -122,6 +126,8 @@ def _rewrite(path: epath.Path, array: np.ndarray) -> None:
   What was there has as many axes and the same dtype; its kind of zarr (codec,
   names of chunks) is kept, so Orbax restores the new one as it would its own.
   """
+  import tensorstore as ts
+
   chunk = chunks(array.shape, array.dtype.itemsize)
   metadata = json.loads((path / '.zarray').read_text())
   metadata |= {'shape': list(array.shape), 'chunks': list(chunk)}

@@ -13,10 +13,9 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import tensorstore as ts
 from etils import epath
 
 from alignjax.core import directory, naming
@@ -24,6 +23,9 @@ from alignjax.core.errors import UserError
 from alignjax.core.journal import Journal, Put
 from alignjax.core.spec import Spec
 from alignjax.system import leaf_files
+
+if TYPE_CHECKING:
+  import tensorstore as ts
 
 FORMAT = 1
 TOKENIZER = 'tokenizer.model'
@@ -319,7 +321,7 @@ def _known(model: ModelDir, role: str) -> dict[str, str]:
   return model.checksums[role]
 
 
-def _open(model: ModelDir, role: str, name: str) -> ts.TensorStore:
+def _open(model: ModelDir, role: str, name: str) -> 'ts.TensorStore':
   file = leaf_files.place(model.path / 'params' / role, name)
   try:
     return leaf_files.open_array(file)

@@ -4,10 +4,10 @@ COMMAND: alignjax run --config=configs/papers/jbond.py --workdir=runs/jbond
   --config.start.policy=MODEL --config.tokenizer=TOKENIZER
 
 J-BOND with anchors that move by 0.02 and 0.05, with 0.05 and an extra pull to
-the anchor of 1 and 2, and with an anchor that is replaced every 25 steps
-(paper: 50, of more steps);
-REINFORCE with two responses to a prompt, a leave-one-out baseline and a fixed
-reference, under kl_coef 0.001, 0.01, 0.1 and 1. Three seeds each.
+the anchor of 1 and 2, and with an anchor that is replaced every 25 steps (of
+more steps, 50 in the paper); REINFORCE with two responses to a prompt, a
+leave-one-out baseline and a fixed reference, under kl_coef 0.001, 0.01, 0.1 and
+1. Three seeds each.
 
 Expected: J-BOND above REINFORCE at equal KL, whose KL grows steadily with its
 steps; 0.05 faster than 0.02; a larger pull slower in KL and better in reward at

@@ -25,7 +25,7 @@ def streamed(name, base, models, **numbers):
   stats, given = blocks.settled(how, leaf, numbers, total)
   parts = [
     blocks.merged(how, leaf, [(stats, given)], block, [np.float32])[0]
-    for block in leaf.blocks()
+    for block in leaf.blocks(how)
   ]
   assert all(part.dtype == np.float32 for part in parts)
   return np.concatenate(parts)
