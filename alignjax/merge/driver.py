@@ -112,13 +112,15 @@ def _leaf(what: Plan, name: str, scratch: epath.PathLike) -> blocks.Leaf:
   found = inputs.matrices(models, name, what.turned, scratch)
   first = found[0]
 
-  def cut(x: np.ndarray, start: int, stop: int) -> np.ndarray:
+  readers = [inputs.reader(x) for x in found]
+
+  def cut(x: np.ndarray, rows: Any, start: int, stop: int) -> np.ndarray:
     if len(x) >= stop:
-      return x[start:stop]
+      return rows(start, stop)
     return np.concatenate([x[start:], first[max(start, len(x)) : stop]])
 
   def read(start: int, stop: int) -> list[np.ndarray]:
-    base, *rest = (cut(x, start, stop) for x in found)
+    base, *rest = (cut(x, of, start, stop) for x, of in zip(found, readers))
     return [base, *rest] if whole else [base, base, *rest]
 
   rows, columns = first.shape

@@ -8,9 +8,11 @@ import dataclasses
 import functools
 import math
 import mmap
+import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,6 +170,37 @@ def matrices(
     as_matrix(name, spooled(model.view(name, allocate), scratch), turned)
     for model in models
   ]
+
+
+def reader(x: np.ndarray) -> Callable[[int, int], np.ndarray]:
+  """(start, stop) -> those rows of a matrix, to be read and not written to.
+
+  Rows that lie together in a file are read from it: the pages of a window are
+  each entered in a table when they are first touched, which takes longer.
+  """
+  whole: np.ndarray = x
+  while isinstance(whole.base, np.ndarray):
+    whole = whole.base
+  name = getattr(whole, 'filename', None)  # of what np.memmap made
+  if name is None or not x.flags.c_contiguous or not len(x):
+    return lambda start, stop: x[start:stop]
+  assert isinstance(whole, np.memmap)
+  file = os.open(name, os.O_RDONLY)
+  first = whole.offset + x.ctypes.data - whole.ctypes.data
+  row = x[0].nbytes
+
+  def read(start: int, stop: int) -> np.ndarray:
+    out = np.empty((stop - start, *x.shape[1:]), x.dtype)
+    left, at = out.reshape(-1).view(np.uint8).data, first + start * row
+    while left:
+      done = os.preadv(file, [left], at)
+      if not done:
+        raise UserError(f'{name} has become shorter')
+      left, at = left[done:], at + done
+    return out
+
+  weakref.finalize(read, os.close, file)
+  return read
 
 
 def spooled(x: np.ndarray, scratch: epath.PathLike) -> np.ndarray:

@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alignjax.merge import blocks, method
+from alignjax.core.errors import UserError
+from alignjax.merge import blocks, inputs, method
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -40,3 +41,19 @@ def test_models_of_another_dtype_are_merged_in_order():
   (found,) = blocks.merged(how, one, [setting], (0, 4), [np.float32])
   mean = (np.float32(x[1]) + x[2]) / 2
   assert np.allclose(found, mean, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_are_read_from_the_file_where_they_lie_together(tmp_path):
+  x = np.random.default_rng(3).standard_normal((50, 6), np.float32)
+  path = tmp_path / 'x'
+  path.write_bytes(b'head' + x.tobytes())
+  window = np.memmap(path, np.uint8, 'r', 4, (x.nbytes,))
+  there = window.view(np.ndarray).view(np.float32).reshape(x.shape)
+  for matrix in (there, there[7:], there.T, there[:, ::2], x):
+    read = inputs.reader(matrix)
+    for rows in ((0, len(matrix)), (1, 4), (2, 2)):
+      assert np.array_equal(read(*rows), matrix[slice(*rows)])
+  read = inputs.reader(there)
+  path.write_bytes(b'head' + x.tobytes()[: 10 * 24])
+  with pytest.raises(UserError, match='x has become shorter'):
+    read(8, 12)
