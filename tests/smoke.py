@@ -18,7 +18,8 @@ def main() -> None:
   modules = [
     info.name
     for info in pkgutil.walk_packages(alignjax.__path__, 'alignjax.')
-    if not info.name.endswith('__main__')
+    # _fused is C for ctypes, no module.
+    if not info.name.endswith(('__main__', '._fused'))
   ]
   for module in modules:
     importlib.import_module(module)
