@@ -3,8 +3,8 @@
 NumPy makes an array of every step; `fused.c` takes bfloat16 or float32 and
 keeps what lies between in a core's first cache. It is compiled when the package
 is installed, if there is a compiler; without one `compiled` is false and the
-callers compute what it means by NumPy, several times slower. Not the place for
-what a method does.
+callers compute what it means by NumPy, more slowly. Not the place for what a
+method does.
 """
 
 import ctypes
