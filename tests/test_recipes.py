@@ -1,5 +1,6 @@
 """Every file in recipes/ on tiny parts: shapes, fields, determinism."""
 
+import functools
 import inspect
 import os
 import signal
@@ -224,8 +225,12 @@ def test_microbatches_change_nothing(name):
     jax.jit(make_step(recipe, tx, microbatches=parts))(state, batch)
     for parts in (1, 4)
   ]
-  for one, other in zip(*map(jax.tree.leaves, found)):
-    np.testing.assert_allclose(one, other, atol=2e-6, rtol=2e-5)
+  (state, metrics), (other, others) = found
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-5)
+  jax.tree.map(functools.partial(close, atol=2e-6), state, other)
+  # PPO's policy gradient is a mean near zero of terms of about 1, whose
+  # rounding it keeps.
+  jax.tree.map(functools.partial(close, atol=1e-5), metrics, others)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
   """Write the report and print where it is; returns the exit code.
 
   Raises UserError for work directories without anything to report, malformed
-  input, or --png without an evaluation to draw.
+  input, or --png without anything to draw.
   """
   import argparse
   from pathlib import Path
@@ -24,14 +24,14 @@ def main(argv: Sequence[str]) -> int:
   )
   parser.add_argument('workdir', nargs='*', help='where runs were written')
   parser.add_argument('--out', help='default: report.html in the first WORKDIR')
-  parser.add_argument('--png', help='also write the front as a small PNG')
+  parser.add_argument('--png', help='also write the first chart as a small PNG')
   parser.add_argument(
     '--axes',
     nargs=2,
-    default=('kl', 'reward'),
     metavar='NAME',
     help='what the PNG draws to the right and upwards: kl, reward, diversity,'
-    ' win_rate, best_of_4, worst_of_4',
+    ' win_rate, best_of_4, worst_of_4; default: kl and reward, or what the'
+    ' evaluation is for (two objectives, perplexity against size)',
   )
   parser.add_argument('--config', help=argparse.SUPPRESS)
   parser.add_argument('--workdir', dest='job', help=argparse.SUPPRESS)
@@ -41,17 +41,12 @@ def main(argv: Sequence[str]) -> int:
   if not args.workdir:
     parser.error('WORKDIR is needed')
 
-  from alignjax.core.errors import UserError
-  from alignjax.report import front_png, report
+  from alignjax.report import picture, report
   from alignjax.report.read import found
 
   if args.png:
-    evaluations = list(found(args.workdir).evaluations.values())
-    if not evaluations:
-      raise UserError(
-        f'--png draws an evaluation.json, found none in {args.workdir[0]}.'
-      )
-    front_png(evaluations[0], args.png, tuple(args.axes))
+    axes = tuple(args.axes) if args.axes else None
+    picture(found(args.workdir), args.png, axes)
   out = Path(args.out or Path(args.workdir[0]) / 'report.html')
   for line in report(args.workdir, out):
     print(f'- {line}')

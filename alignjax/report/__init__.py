@@ -1,4 +1,4 @@
-from alignjax.report.front import front_png
 from alignjax.report.page import report
+from alignjax.report.picture import picture
 
-__all__ = ['front_png', 'report']
+__all__ = ['picture', 'report']

@@ -1,14 +1,11 @@
 """The reward-KL front: what every model gains, and how far it went for it.
 
-One chart of an evaluation, as SVG for the page and as a small PNG for a
-README; diversity is drawn against either in the same way. It draws what was
-measured and fits nothing; the dotted line from the init to the merged model is
-a ruler, not a result.
+One chart of an evaluation; diversity is drawn against either in the same way.
+It draws what was measured and fits nothing; the dotted line from the init to
+the merged model is a ruler, not a result.
 """
 
-import io
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,9 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from alignjax.core import files
-from alignjax.core.errors import UserError
-from alignjax.core.lookup import nearest
 from alignjax.report import arms, grid, ink
 from alignjax.report.labels import LEADER, place
 from alignjax.report.points import FRONT, Point, points, sweeps
@@ -58,43 +52,6 @@ def front_svg(
   with ink.style(salt):
     title = f'{up[0].upper()}{up[1:]} against {across}'
     return ink.svg(draw(evaluation, fields), title)
-
-
-def front_png(
-  evaluation: dict[str, Any],
-  path: str | os.PathLike,
-  fields: tuple[str, str] = FRONT,
-) -> None:
-  """Write the front, or two other fields, as a PNG under 80 kB (256 colours).
-
-  Raises UserError where fewer than two models have them.
-  """
-  for field in fields:
-    if field not in NAMES:
-      raise UserError(
-        f'no chart of {field!r}{nearest(field, NAMES)} (there are'
-        f' {", ".join(NAMES)})'
-      )
-  if len(points(evaluation, fields)) < 2:
-    raise UserError(f'{" and ".join(fields)} are not of two models or more')
-  from PIL import Image  # matplotlib brings it
-
-  buffer = io.BytesIO()
-  with ink.style('png'):
-    figure = draw(evaluation, fields)
-    FigureCanvasAgg(figure).print_figure(
-      buffer,
-      dpi=72 * 1.25,
-      format='png',
-      facecolor='white',
-      metadata={'Software': None},
-    )
-  # The median cut spends its colours on the greys of text; an octree does not.
-  image = Image.open(buffer).convert('RGB')
-  image = image.quantize(256, Image.Quantize.FASTOCTREE)
-  small = io.BytesIO()
-  image.save(small, format='PNG', optimize=True)
-  files.write(path, small.getvalue())
 
 
 def draw(evaluation: dict[str, Any], fields: tuple[str, str] = FRONT) -> Figure:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from alignjax.report import ink
@@ -73,9 +74,11 @@ def perplexity_html(document: Mapping[str, Any], salt: str) -> str:
     f'its seeds. {document["tokens"]:,} tokens of {document["rows"]:,} rows of '
     'held-out text.'
   )
+  with ink.style(salt):
+    chart = ink.svg(draw(document), 'Perplexity against size')
   return (
     f'{said}<figure class="card wide"><div class="scroll">'
-    f'{_svg(document, salt)}</div><figcaption>{note}</figcaption></figure>'
+    f'{chart}</div><figcaption>{note}</figcaption></figure>'
     f'{_table(document)}'
   )
 
@@ -96,42 +99,42 @@ def _said(point: Point) -> str:
   return f'{mean} ({len(point.values)} seeds, {low:.4g} to {high:.4g})'
 
 
-def _svg(document: Mapping[str, Any], salt: str) -> str:
+def draw(document: Mapping[str, Any]) -> Figure:
+  """The figure; must be called and written inside `ink.style`."""
   looks = ink.looks(document['models'])
   by_arm = {
     model.get('series') or model['name']: looks[model['name']]
     for model in document['models']
   }
-  with ink.style(salt):
-    figure = ink.canvas(WIDTH, HEIGHT)
-    axes = figure.add_axes((0.066, 0.13, 0.918, 0.75))
-    for name, points in arms(document).items():
-      look = by_arm[name]
-      every = [(p.parameters, value) for p in points for value in p.values]
-      axes.plot(
-        [p.parameters for p in points],
-        [p.mean for p in points],
-        color=look.fill,
-        linewidth=1.6,
-      )
-      axes.plot(
-        *zip(*every),
-        color=look.fill,
-        marker=look.marker,
-        markersize=look.size,
-        markeredgecolor='white',
-        linestyle='none',
-        label=name,
-      )
-    axes.set_xscale('log')
-    sizes = sorted({int(m['parameters']) for m in document['models']})
-    axes.set_xticks(sizes)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(round(x))))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel('parameters', labelpad=7)
-    axes.set_ylabel('perplexity', labelpad=7)
-    figure.legend(loc='upper left', ncols=6, frameon=False, fontsize=10.5)
-    return ink.svg(figure, 'Perplexity against size')
+  figure = ink.canvas(WIDTH, HEIGHT)
+  axes = figure.add_axes((0.066, 0.13, 0.918, 0.75))
+  for name, points in arms(document).items():
+    look = by_arm[name]
+    every = [(p.parameters, value) for p in points for value in p.values]
+    axes.plot(
+      [p.parameters for p in points],
+      [p.mean for p in points],
+      color=look.fill,
+      linewidth=1.6,
+    )
+    axes.plot(
+      *zip(*every),
+      color=look.fill,
+      marker=look.marker,
+      markersize=look.size,
+      markeredgecolor='white',
+      linestyle='none',
+      label=name,
+    )
+  axes.set_xscale('log')
+  sizes = sorted({int(m['parameters']) for m in document['models']})
+  axes.set_xticks(sizes)
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(round(x))))
+  axes.xaxis.set_minor_formatter(NullFormatter())
+  axes.set_xlabel('parameters', labelpad=7)
+  axes.set_ylabel('perplexity', labelpad=7)
+  figure.legend(loc='upper left', ncols=6, frameon=False, fontsize=10.5)
+  return figure
 
 
 def _table(document: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from alignjax.report import ink
 from alignjax.report.read import interval
 
@@ -79,9 +81,9 @@ def tradeoff_html(evaluation: dict[str, Any], salt: str) -> str:
     return ''
   every = [(x[0], y[0]) for of in found.values() for _, x, y in of.points]
   corner = min(x for x, _ in every), min(y for _, y in every)
-  kinds: dict[str, list[Line]] = {}
-  for line in found.values():
-    kinds.setdefault(line.kind, []).append(line)
+  kinds = _kinds(found)
+  with ink.style(salt):
+    chart = ink.svg(draw(evaluation), 'Two objectives against each other')
   rows = ''.join(
     f'<tr><td>{escape(kind)}</td><td>{len(of)}</td>'
     f'<td>{_spread([_area(line, corner) for line in of])}</td>'
@@ -99,12 +101,47 @@ def tradeoff_html(evaluation: dict[str, Any], salt: str) -> str:
   )
   return (
     f'<figure class="card wide"><div class="scroll">'
-    f'{_svg(evaluation, kinds, salt)}</div><figcaption>{first} to the right, '
-    f'{second} upwards. {note}</figcaption></figure>'
+    f'{chart}</div><figcaption>{first} to the right, {second} upwards. '
+    f'{note}</figcaption></figure>'
     '<div class="scroll"><table><thead><tr><th>policy</th><th>runs</th>'
     '<th>hypervolume</th><th>steerability</th></tr></thead>'
     f'<tbody>{rows}</tbody></table></div>'
   )
+
+
+def draw(evaluation: dict[str, Any]) -> Figure:
+  """The figure; must be called and written inside `ink.style`."""
+  figure = ink.canvas(WIDTH, HEIGHT)
+  axes = figure.add_axes((0.066, 0.1, 0.918, 0.8))
+  for kind, of in _kinds(lines(evaluation)).items():
+    for i, line in enumerate(of):
+      xs = [x for _, x, _ in line.points]
+      ys = [y for _, _, y in line.points]
+      axes.errorbar(
+        [x[0] for x in xs],
+        [y[0] for y in ys],
+        xerr=[[x[0] - x[1] for x in xs], [x[2] - x[0] for x in xs]],
+        yerr=[[y[0] - y[1] for y in ys], [y[2] - y[0] for y in ys]],
+        color=line.look.fill,
+        marker=line.look.marker,
+        markersize=line.look.size,
+        markeredgecolor='white',
+        linewidth=1.6,
+        elinewidth=0.8,
+        label=None if i else kind,
+      )
+  first, second = evaluation['objectives']
+  axes.set_xlabel(f'mean {first}', labelpad=7)
+  axes.set_ylabel(f'mean {second}', labelpad=7)
+  figure.legend(loc='upper left', ncols=6, frameon=False, fontsize=10.5)
+  return figure
+
+
+def _kinds(found: dict[str, Line]) -> dict[str, list[Line]]:
+  kinds: dict[str, list[Line]] = {}
+  for line in found.values():
+    kinds.setdefault(line.kind, []).append(line)
+  return kinds
 
 
 def _area(line: Line, corner: tuple[float, float]) -> float:
@@ -116,31 +153,3 @@ def _spread(values: Sequence[float]) -> str:
   if len(values) < 2:
     return mean
   return f'{mean} ± {statistics.stdev(values):.2g}'
-
-
-def _svg(evaluation, kinds: dict[str, list[Line]], salt: str) -> str:
-  with ink.style(salt):
-    figure = ink.canvas(WIDTH, HEIGHT)
-    axes = figure.add_axes((0.066, 0.1, 0.918, 0.8))
-    for kind, of in kinds.items():
-      for i, line in enumerate(of):
-        xs = [x for _, x, _ in line.points]
-        ys = [y for _, _, y in line.points]
-        axes.errorbar(
-          [x[0] for x in xs],
-          [y[0] for y in ys],
-          xerr=[[x[0] - x[1] for x in xs], [x[2] - x[0] for x in xs]],
-          yerr=[[y[0] - y[1] for y in ys], [y[2] - y[0] for y in ys]],
-          color=line.look.fill,
-          marker=line.look.marker,
-          markersize=line.look.size,
-          markeredgecolor='white',
-          linewidth=1.6,
-          elinewidth=0.8,
-          label=None if i else kind,
-        )
-    first, second = evaluation['objectives']
-    axes.set_xlabel(f'mean {first}', labelpad=7)
-    axes.set_ylabel(f'mean {second}', labelpad=7)
-    figure.legend(loc='upper left', ncols=6, frameon=False, fontsize=10.5)
-    return ink.svg(figure, 'Two objectives against each other')

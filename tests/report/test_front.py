@@ -1,12 +1,8 @@
-import io
 
-import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
-from PIL import Image
 
-from alignjax.core.errors import UserError
 from alignjax.report import front, ink, points
 from alignjax.report.fronts import DIVERSITY, diversity_html
 from alignjax.report.labels import overlap
@@ -170,35 +166,3 @@ def test_svg_is_stable_text_without_anything_remote():
   ids = [set(part.split('id="')[1:]) for part in (one, other)]
   shared = {i.split('"')[0] for i in ids[0]} & {i.split('"')[0] for i in ids[1]}
   assert not shared
-
-
-def test_png_is_small_and_keeps_the_colours(tmp_path):
-  path = tmp_path / 'deep' / 'front.png'
-  front.front_png(synthetic.evaluation(), path)
-  data = path.read_bytes()
-  assert data.startswith(b'\x89PNG') and len(data) < 80_000
-  assert [p.name for p in path.parent.iterdir()] == ['front.png']
-  pixels = np.asarray(Image.open(io.BytesIO(data)).convert('RGB'), int)
-  for look in ink.LOOKS.values():
-    want = [int(look.fill[i : i + 2], 16) for i in (1, 3, 5)]
-    assert np.abs(pixels - want).max(-1).min() <= 3, look
-  front.front_png(synthetic.evaluation(), path)
-  assert path.read_bytes() == data
-
-
-def test_png_of_other_measures(tmp_path):
-  path, other = tmp_path / 'front.png', tmp_path / 'wins.png'
-  front.front_png(synthetic.evaluation(), path)
-  front.front_png(synthetic.evaluation(), other, ('kl', 'win_rate'))
-  assert other.read_bytes() != path.read_bytes()
-  with pytest.raises(UserError, match="'rewrd'; did you mean 'reward'"):
-    front.front_png(synthetic.evaluation(), other, ('kl', 'rewrd'))
-  with pytest.raises(UserError, match='kl and diversity are not of two models'):
-    front.front_png(synthetic.evaluation(), other, ('kl', 'diversity'))
-
-
-def test_png_that_cannot_be_written(tmp_path):
-  (tmp_path / 'front.png').mkdir()
-  with pytest.raises(UserError, match='front.png: cannot be written'):
-    front.front_png(synthetic.evaluation(), tmp_path / 'front.png')
-  assert [p.name for p in tmp_path.iterdir()] == ['front.png']
