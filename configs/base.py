@@ -113,7 +113,8 @@ class Arm(NamedTuple):
   def name(self) -> str:
     """'reinforce_0_1': also that of its jobs, with the seed behind it."""
     numbers = (f'{x:g}' for x in self.numbers.values())
-    return '_'.join([self.series, *numbers]).replace('.', '_')
+    words = [*self.series.lower().split(), *numbers]
+    return '_'.join(words).replace('.', '_')
 
 
 def model(name: str, kind: str, path: Any, **more: Any) -> dict[str, Any]:
@@ -162,17 +163,24 @@ def report(*needs: str) -> Job:
   return Job('report', 'report', {}, tuple(needs))
 
 
-def compared(c: ConfigDict, arms: Iterable[Arm]):
-  """Runs of every arm under `graph.seeds` seeds, evaluated, with a page.
+def seeded(c: ConfigDict, arms: Iterable[Arm]) -> tuple[list[Job], list[dict]]:
+  """Runs of every arm under `graph.seeds` seeds: as jobs, and as models.
 
   All arms see the same prompts in the same order under a seed.
   """
-  models = []
+  jobs, models = [], []
   for arm in arms:
     for seed in range(1, c.graph.seeds + 1):
       name = f'{arm.name}_{seed}'
-      yield train(c, name, seed=c.seed + seed, **arm.changes)
+      jobs.append(train(c, name, seed=c.seed + seed, **arm.changes))
       more = {'series': arm.series, 'numbers': dict(arm.numbers)}
       models.append(model(name, 'run', f'@{name}', **more))
-  yield evaluate(c, models, needs=[m['name'] for m in models])
+  return jobs, models
+
+
+def compared(c: ConfigDict, arms: Iterable[Arm]):
+  """The runs of `seeded` arms, their evaluation, and its page."""
+  jobs, models = seeded(c, arms)
+  yield from jobs
+  yield evaluate(c, models, needs=[job.name for job in jobs])
   yield report('evaluate')

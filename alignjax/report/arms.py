@@ -39,7 +39,7 @@ def pooled(evaluation: dict[str, Any]) -> dict[str, Any]:
     found.setdefault(_key(model), []).append(model)
   if len(found) == len(evaluation['models']):
     return evaluation
-  names = [ink.arm(some[0]) for some in found.values()]
+  names = [_arm(some[0]) for some in found.values()]
   models = [
     some[0]
     if len(some) == 1
@@ -60,8 +60,13 @@ def over_seeds(values: Sequence[Interval]) -> Interval:
   return mean, mean - math.hypot(spread, down), mean + math.hypot(spread, up)
 
 
+def _arm(model: Mapping[str, Any]) -> str:
+  """Its arm, or the path in weight space that it is on; '' for neither."""
+  return ink.arm(model) or model.get('series') or ''
+
+
 def _key(model: Mapping[str, Any]) -> str:
-  arm = ink.arm(model)
+  arm = _arm(model)
   fields = ('kind', 'liti_rate', 'weights', 'numbers')
   return repr(
     (arm, [model.get(k) for k in fields], '' if arm else model['name'])
@@ -74,7 +79,8 @@ def _name(model: Mapping[str, Any], *, alone: bool) -> str:
   numbers = dict(model.get('numbers') or {})
   numbers |= {} if rate is None else {'rate': rate}
   numbers |= {'weights': w} if (w := model.get('weights')) else {}
-  return ink.arm(model) if alone else f'{ink.arm(model)} {grid.label(numbers)}'
+  arm = _arm(model)
+  return arm if alone else f'{arm} {grid.label(numbers)}'.rstrip()
 
 
 def _together(some: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:

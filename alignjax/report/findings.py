@@ -28,7 +28,8 @@ def evaluated(evaluation: dict[str, Any]) -> list[str]:
   """Three findings: against the init, SLERP, and the LITI front.
 
   Of a grid over merging methods: against the init, the Pareto front, the best.
-  Of arms under several seeds: against the init, the front, who leads in what.
+  Of arms under several seeds without a LITI front: against the init, the front,
+  who leads in what.
   """
   evaluation = arms.pooled(evaluation)
   some = grid.merged(evaluation)
@@ -36,7 +37,7 @@ def evaluated(evaluation: dict[str, Any]) -> list[str]:
     front = _pareto(evaluation, some, 'merged models')
     return [_gain(evaluation), front, _best(evaluation)]
   some = arms.of(evaluation)
-  if some:
+  if some and not sweep(evaluation):
     front = _pareto(evaluation, some, 'arms')
     return [_gain(evaluation), front, _leaders(some)]
   return [_gain(evaluation), _slerp(evaluation), _liti(evaluation)]
@@ -136,9 +137,12 @@ def _slerp(evaluation: dict[str, Any]) -> str:
   if slerp is None:
     return 'No SLERP of the runs was evaluated, so merging is not judged here.'
   against: list[tuple[str, Interval]] = []
+  seeds = {m['name']: arms.seeds(m) for m in evaluation['models']}
   if runs:
     share = [(1 / len(runs), p.y) for p in runs]
-    against.append((f'the mean of its {len(runs)} runs', combined(share)))
+    count = sum(seeds[p.name] for p in runs)
+    against.append((f'the mean of its {count} runs', combined(share)))
+  if len(runs) > 1:
     best = max(runs, key=lambda p: p.y[0])
     against.append((f'the best of them ({best.name})', best.y))
   if lerp:

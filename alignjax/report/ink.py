@@ -65,10 +65,19 @@ def arm(model: Mapping[str, Any]) -> str:
 
 def looks(models: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
   """Name of a model -> how it looks: its kind, or its arm in their order."""
-  arms = list(dict.fromkeys(a for m in models if (a := arm(m))))
-  # The first arm looks like an aligned run.
-  taken = any(m.get('kind') == 'run' and not arm(m) for m in models)
-  of_arms = {name: _of_arm(i + taken, name) for i, name in enumerate(arms)}
+  kinds = {a: str(m.get('kind')) for m in reversed(models) if (a := arm(m))}
+  names = dict.fromkeys(a for m in models if (a := arm(m)))
+  # The first arm looks like an aligned run, and of LERP or anchors like those.
+  taken = {m.get('kind') for m in models if not arm(m)}
+  of_arms, number = {}, int('run' in taken)
+  for name in names:
+    kind = kinds[name]
+    if kind in ('anchor', 'lerp') and kind not in taken:
+      of_arms[name] = LOOKS[kind]._replace(label=name)
+      taken.add(kind)
+    else:
+      of_arms[name] = _of_arm(number, name)
+      number += 1
   return {
     m['name']: of_arms[a] if (a := arm(m)) else LOOKS[m['kind']] for m in models
   }

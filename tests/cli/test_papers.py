@@ -128,9 +128,13 @@ def test_warp_starts_every_round_anew():
   config = warp.get_config()
   config.start.policy = 'SFT'
   graph = {job.name: job for job in graph_of(warp, config)}
-  runs = {n: j.config for n, j in graph.items() if j.verb == 'train'}
-  assert len(runs) == 9
-  assert len({c['seed'] for c in runs.values()}) == 9  # other prompt orders
+  runs = {
+    n: j.config
+    for n, j in graph.items()
+    if j.verb == 'train' and n.startswith('seed')
+  }
+  assert len(runs) == 3 * 9
+  assert len({c['seed'] for c in runs.values()}) == 3 * 9  # other prompt orders
 
   def liti(base, model, rate):
     return {
@@ -140,24 +144,50 @@ def test_warp_starts_every_round_anew():
       'liti_rate': rate,
     }
 
-  inits = ['SFT']
-  for i in (1, 2):
-    inits.append(liti(inits[-1], f'@round_{i}_slerp/model', 0.3))
-  for name, c in runs.items():
-    i = int(name.split('_')[1])
-    assert c['start'] == {'policy': inits[i - 1]}  # and so does the anchor
-    assert c['steps'] == (72, 56, 40)[i - 1]
-    assert 'graph' not in c
-  models = graph['evaluate_rounds'].config['models']
-  for i in (1, 2, 3):
-    merge = graph[f'round_{i}_slerp'].config
-    assert merge['method'] == 'slerp' and merge['base'] == inits[i - 1]
-    assert merge['models'] == [f'@round_{i}_run_{m}/model' for m in (1, 2, 3)]
-    front = [m for m in models if m.get('series') == f'round {i}']
-    end = f'@round_{i}_slerp/model'
-    rates = (0.1, 0.3, 0.5, 0.8)
-    expected = [*(liti('SFT', end, rate) for rate in rates), end]
-    assert [m['path'] for m in front] == expected
+  for seed in (1, 2, 3):
+    inits = ['SFT']
+    for i in (1, 2):
+      end = f'@seed_{seed}_round_{i}_slerp/model'
+      inits.append(liti(inits[-1], end, 0.3))
+    for name, c in runs.items():
+      if name.startswith(f'seed_{seed}'):
+        i = int(name.split('_')[3])
+        assert c['start'] == {'policy': inits[i - 1]}  # and so does the anchor
+        assert c['steps'] == (72, 56, 40)[i - 1]
+        assert 'graph' not in c
+    models = graph['evaluate_rounds'].config['models']
+    models = [m for m in models if m['name'].endswith(f'({seed})')]
+    for i in (1, 2, 3):
+      merge = graph[f'seed_{seed}_round_{i}_slerp'].config
+      assert merge['method'] == 'slerp' and merge['base'] == inits[i - 1]
+      assert merge['models'] == [
+        f'@seed_{seed}_round_{i}_run_{m}/model' for m in (1, 2, 3)
+      ]
+      front = [m for m in models if m.get('series') == f'round {i}']
+      end = f'@seed_{seed}_round_{i}_slerp/model'
+      rates = (0.1, 0.3, 0.5, 0.8)
+      expected = [*(liti('SFT', end, rate) for rate in rates), end]
+      assert [m['path'] for m in front] == expected
+
+
+def test_warp_compares_its_anchor_with_the_sft_model():
+  config = warp.get_config()
+  config.start.policy = 'SFT'
+  graph = {job.name: job.config for job in graph_of(warp, config)}
+  models = graph['evaluate_anchors']['models'][1:]
+  assert len(models) == 3 * 3 * (1 + 3)
+  found = set()
+  for m in models:
+    run = graph[m['path'][1:].removesuffix('/model')]
+    assert run['steps'] == m['numbers']['steps']
+    recipe, moving = run['recipe'], m['series'] == 'EMA anchor'
+    assert recipe['name'] == 'warp' and moving == (recipe['ema_rate'] > 0)
+    assert moving or run['start']['anchor'] == '@policy'
+    found.add((moving, recipe['kl_coef'], run['steps']))
+  steps = (36, 72, 144)
+  assert found == {(True, 0.1, n) for n in steps} | {
+    (False, coef, n) for coef in (0.01, 0.03, 0.1) for n in steps
+  }
 
 
 def test_of_warp_the_last_merge_alone_can_be_written():
@@ -165,9 +195,11 @@ def test_of_warp_the_last_merge_alone_can_be_written():
   config.start.policy = 'SFT'
   config.graph.write_rounds = False
   graph = {job.name: job for job in graph_of(warp, config)}
-  assert [n for n, j in graph.items() if j.verb == 'merge'] == ['round_3_slerp']
-  runs = [f'@round_1_run_{m}/model' for m in (1, 2, 3)]
-  init = graph['round_2_run_1'].config['start']['policy']
+  assert [n for n, j in graph.items() if j.verb == 'merge'] == [
+    f'seed_{seed}_round_3_slerp' for seed in (1, 2, 3)
+  ]
+  runs = [f'@seed_2_round_1_run_{m}/model' for m in (1, 2, 3)]
+  init = graph['seed_2_round_2_run_1'].config['start']['policy']
   slerp = {'method': 'slerp', 'base': 'SFT', 'models': runs}
   assert init['models'] == [slerp] and init['method'] == 'liti'
 
@@ -176,7 +208,7 @@ def test_warp_and_the_quickstart_draw_their_geometry():
   config = warp.get_config()
   config.start.policy = 'SFT'
   for graph, base, runs in (
-    (graph_of(warp, config), 'SFT', 'round_1_run_{}'),
+    (graph_of(warp, config), 'SFT', 'seed_1_round_1_run_{}'),
     (
       graph_of(quickstart, quickstart.get_config()),
       '@pretrain/model',
@@ -217,8 +249,10 @@ def rounds(request, tmp_path_factory):
   graph = graph_of(warp, c)
   names = [job.name for job in graph]
   work = folder / 'work'
+  others = ('evaluate_runs', 'evaluate_anchors')
   for job in graph:
-    if job.name == 'evaluate_runs':  # of a kind with the other one
+    # Others of the kind: their models, and two evaluations of three.
+    if job.name in others or 'anchor_' in job.name:
       continue
     where = work / job.name
     where.mkdir(parents=True)
@@ -238,7 +272,7 @@ def test_warp_runs_and_its_merges_are_the_papers(rounds):
   sft, work = rounds
   init = aj.load(sft).params
   for i, steps in ((1, 3), (2, 2)):
-    runs = [work / f'round_{i}_run_{m}' for m in (1, 2)]
+    runs = [work / f'seed_1_round_{i}_run_{m}' for m in (1, 2)]
     for run in runs:
       lines = (run / 'metrics.jsonl').read_text().splitlines()
       assert [json.loads(line)['step'] for line in lines] == [
@@ -251,32 +285,38 @@ def test_warp_runs_and_its_merges_are_the_papers(rounds):
     one, two = map(tree.named, models)
     assert any(np.any(one[name] != two[name]) for name in one)
     merged = aj.merge('slerp', base=init, models=models, t=0.5)
-    if (work / f'round_{i}_slerp').exists():
-      found = weights(work / f'round_{i}_slerp' / 'model')
+    if (work / f'seed_1_round_{i}_slerp').exists():
+      found = weights(work / f'seed_1_round_{i}_slerp' / 'model')
       for name, leaf in tree.named(merged).items():
         np.testing.assert_allclose(found[name], leaf, atol=1e-6)
     init = aj.merge('liti', base=init, models=[merged], liti_rate=0.3)
-  assert 'round_2_slerp' in {path.name for path in work.iterdir()}
+  assert 'seed_1_round_2_slerp' in {path.name for path in work.iterdir()}
 
 
 def test_warp_begins_the_second_round_at_its_liti(rounds):
   sft, work = rounds
-  models = [aj.load(work / f'round_1_run_{m}' / 'model').params for m in (1, 2)]
+  models = [
+    aj.load(work / f'seed_1_round_1_run_{m}' / 'model').params for m in (1, 2)
+  ]
   base = aj.load(sft).params
   slerp = aj.merge('slerp', base=base, models=models, t=0.5)
   expected = tree.named(
     aj.merge('liti', base=base, models=[slerp], liti_rate=0.3)
   )
-  config = json.loads((work / 'round_2_run_1' / 'job.json').read_text())
+  config = json.loads((work / 'seed_1_round_2_run_1' / 'job.json').read_text())
   found = deferred.opened(config['start']['policy'])
   for name, leaf in expected.items():
     np.testing.assert_allclose(found.load(name), leaf, atol=1e-6)
-  said = model_dir.read(work / 'round_2_run_1' / 'model').provenance['init']
+  said = model_dir.read(work / 'seed_1_round_2_run_1' / 'model').provenance[
+    'init'
+  ]
   assert said['checksum'] == inputs.digest(found, 'policy')
   written = sorted(path.parent.name for path in work.glob('*/model'))
-  merged = ['round_1_slerp'] if (work / 'round_1_slerp').exists() else []
-  runs = [f'round_{i}_run_{m}' for i in (1, 2) for m in (1, 2)]
-  assert written == sorted([*runs, *merged, 'round_2_slerp'])
+  merged = (
+    ['seed_1_round_1_slerp'] if (work / 'seed_1_round_1_slerp').exists() else []
+  )
+  runs = [f'seed_1_round_{i}_run_{m}' for i in (1, 2) for m in (1, 2)]
+  assert written == sorted([*runs, *merged, 'seed_1_round_2_slerp'])
 
 
 def test_warp_evaluates_a_front_for_every_round(rounds):
@@ -292,4 +332,4 @@ def test_warp_evaluates_a_front_for_every_round(rounds):
   page = (work / 'report.html').read_text()
   assert 'LITI, round 1' in page and 'LITI, round 2' in page
   assert 'How the task vectors lie' in page
-  assert 'round_1_run_1 · round_1_run_2' in page
+  assert 'seed_1_round_1_run_1 · seed_1_round_1_run_2' in page

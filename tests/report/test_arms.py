@@ -130,3 +130,47 @@ def test_the_page_shows_arms_first_and_every_seed(tmp_path):
   assert page.count('3 seeds') >= 3 and 'exp_0.1_2' in page
   table = models_html(arms.pooled(evaluation()))
   assert '<b>0.710</b>' in table and 'identity' in table
+
+
+def of_rounds(half=0.01):
+  """Two rounds' fronts and LERP under three seeds, as WARP's graph has them."""
+  models = [synthetic.model('init', 'init', 0.4, 0.0)]
+  for seed in (0.0, 0.01, 0.02):
+    for name, more in (('run', {}), ('LERP', {'kind': 'lerp'})):
+      made = synthetic.model(f'{name} ({seed})', 'run', 0.5 + seed, 2.0)
+      models.append(made | {'series': name} | more)
+    for i in (1, 2):
+      for rate in (0.3, 0.5, None):
+        far, kind = rate or 1.0, 'liti' if rate else 'slerp'
+        reward = 0.4 + 0.1 * i * far**0.5 + seed
+        name = f'round {i}, {far:g} ({seed})'
+        made = synthetic.model(name, kind, reward, 4 * far, rate, half=half)
+        models.append(made | {'series': f'round {i}'})
+  return {'format': 1, 'models': models, 'reference': 'init'}
+
+
+def test_fronts_in_weight_space_are_averaged_over_seeds():
+  pooled = arms.pooled(of_rounds())
+  assert [(m['name'], arms.seeds(m)) for m in pooled['models']] == [
+    ('init', 1),
+    ('run', 3),
+    ('LERP', 3),
+    ('round 1 rate 0.3', 3),
+    ('round 1 rate 0.5', 3),
+    ('round 1', 3),
+    ('round 2 rate 0.3', 3),
+    ('round 2 rate 0.5', 3),
+    ('round 2', 3),
+  ]
+  first, second = points.sweeps(pooled).values()
+  assert [p.rate for p in first] == [p.rate for p in second] == [0, 0.3, 0.5, 1]
+  assert second[-1].y[0] == pytest.approx(0.61)
+  looks = ink.looks(pooled['models'])
+  assert looks['LERP'].fill == ink.LOOKS['lerp'].fill
+  assert looks['run'].fill == ink.LOOKS['run'].fill
+  gain, slerp, liti = findings.evaluated(of_rounds())
+  assert 'the mean of its 3 runs 0.510' in slerp and 'the best of' not in slerp
+  assert 'SLERP beats everything' in slerp and 'LERP 0.510' in slerp
+  assert liti.startswith('The LITI front of round 2 lies above the straight')
+  drawn = front_svg(of_rounds())
+  assert '>round 2<' in drawn and '(0.01)' not in drawn
