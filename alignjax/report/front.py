@@ -65,8 +65,12 @@ def draw(evaluation: dict[str, Any], fields: tuple[str, str] = FRONT) -> Figure:
   _limits(axes, [*each, *every], reference, fields)
   _lines(axes, paths, reference)
   of = {p.name: p for p in every}
-  for names in grid.paths(evaluation):
-    _path(axes, [of[name] for name in names if name in of])
+  joined = [
+    [of[name] for name in names if name in of]
+    for names in grid.paths(evaluation)
+  ]
+  for some in joined:
+    _path(axes, some)
   for point in every:
     _mark(axes, point, _green(paths, point.series))
   together = {p.name for p in every}
@@ -84,7 +88,7 @@ def draw(evaluation: dict[str, Any], fields: tuple[str, str] = FRONT) -> Figure:
     columnspacing=1.8,
     borderaxespad=0.1,
   )
-  _label(axes, every, list(paths.values()), reference)
+  _label(axes, every, list(paths.values()), joined, reference)
   return figure
 
 
@@ -247,7 +251,7 @@ def _texts(axes, every, paths, reference) -> list[Label]:
   return out
 
 
-def _label(axes: Axes, every, paths, reference):
+def _label(axes: Axes, every, paths, joined, reference):
   """Write the labels where they cover neither one another nor the data."""
   figure = axes.get_figure(root=True)
   assert figure is not None
@@ -276,7 +280,7 @@ def _label(axes: Axes, every, paths, reference):
     [tuple(pixel((t.x, t.y))) for t in texts],
     [(e.width + 2, e.height) for e in extents],
     boxes=_boxes(pixel, every, reference),
-    segments=_segments(pixel, every, paths, reference),
+    segments=_segments(pixel, every, [*paths, *joined], reference),
     frame=(frame.x0 + 4, frame.y0 + 4, frame.x1 + 8, frame.y1 + 8),
   )
   for annotation, text, spot in zip(drawn, texts, where):

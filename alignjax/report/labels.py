@@ -107,8 +107,14 @@ def _fixed_cost(options, point, boxes, segments) -> np.ndarray:
   radius = np.repeat(RADII, len(ANGLES))
   taste = np.tile(np.linspace(0, 1.5, len(ANGLES)), len(RADII))
   cost = 0.12 * radius + taste
+  # Neither the label nor the way back to its point runs over another point.
+  ways = np.concatenate(
+    [_middle(options), np.broadcast_to(point, options[:, :2].shape)], axis=-1
+  )
   for box in boxes:
     cost = cost + 25.0 * (overlap(options, box, gap=2.0) > 0)
+    if not (box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]):
+      cost = cost + 25.0 * crosses(box, ways)
   for segment in segments:
     cost = cost + 7.0 * crosses(options, segment)
   own = np.array([*point, *point]) + np.array([-3, -3, 3, 3])

@@ -49,3 +49,15 @@ def test_crosses():
   assert labels.crosses(box, (0.2, 0.2, 0.4, 0.4))[0]
   assert not labels.crosses(box, (-1, 1.5, 2, 1.5))[0]
   assert not labels.crosses(box, (2, 0, 3, 1))[0]
+
+
+def test_the_way_to_a_far_label_runs_over_no_other_point():
+  # Lines leave room far to the right only, and there stands another point.
+  point, other = (300.0, 200.0), (320.0, 195.0, 330.0, 205.0)
+  lines = [(0.0, y, 345.0, y) for y in range(0, 400, 5)]
+  (spot,) = labels.place(
+    [point], [(60, 14)], boxes=[other], segments=lines, frame=FRAME
+  )
+  assert spot.leader and spot.x > 345
+  way = (spot.x, spot.y, *point)
+  assert not labels.crosses(np.array([other]), way)[0]
