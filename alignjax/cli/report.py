@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
     nargs=2,
     metavar='NAME',
     help='what the PNG draws to the right and upwards: kl, reward, diversity,'
-    ' win_rate, best_of_4, worst_of_4; default: kl and reward, or what the'
-    ' evaluation is for (two objectives, perplexity against size)',
+    ' log_quantile, win_rate, best_of_4, worst_of_4; default: kl and reward,'
+    ' or what the evaluation is for (two objectives, perplexity against size)',
   )
   parser.add_argument('--config', help=argparse.SUPPRESS)
   parser.add_argument('--workdir', dest='job', help=argparse.SUPPRESS)

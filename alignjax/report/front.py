@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from alignjax.report import arms, grid, ink
-from alignjax.report.labels import LEADER, place
+from alignjax.report.labels import place
 from alignjax.report.points import FRONT, Point, points, sweeps
 from alignjax.report.read import interval
 
@@ -25,6 +25,7 @@ NAMES = {
   'kl': 'KL to the init, nats per sequence',
   'reward': 'mean reward',
   'diversity': 'diversity of the completions of a prompt, 1 - cos',
+  'log_quantile': 'mean log-quantile among completions of the init',
   'win_rate': 'win rate against the init',
   'best_of_4': 'win rate of the best of 4, against that of the init',
   'worst_of_4': 'win rate of the worst of 4, against that of the init',
@@ -283,25 +284,31 @@ def _label(axes: Axes, every, paths, joined, reference):
     segments=_segments(pixel, every, [*paths, *joined], reference),
     frame=(frame.x0 + 4, frame.y0 + 4, frame.x1 + 8, frame.y1 + 8),
   )
-  for annotation, text, spot in zip(drawn, texts, where):
+  for annotation, text, spot, extent in zip(drawn, texts, where, extents):
     annotation.set_position((spot.x, spot.y))
     if spot.leader:
-      _leader(axes, text, spot)
+      x, y = pixel((text.x, text.y))
+      across, up = extent.width / 2 + 1, extent.height / 2
+      edge = (  # of the label, nearest to the point
+        min(max(x, spot.x - across), spot.x + across),
+        min(max(y, spot.y - up), spot.y + up),
+      )
+      _leader(axes, text, edge)
 
 
-def _leader(axes: Axes, text: Label, spot):
-  """A thin line from just outside the marker towards the label."""
+def _leader(axes: Axes, text: Label, edge: tuple[float, float]):
+  """A thin line from just outside the marker to the edge of the label."""
   axes.annotate(
     '',
     (text.x, text.y),
-    xytext=(spot.x, spot.y),
+    xytext=edge,
     textcoords='figure points',
     arrowprops={
       'arrowstyle': '-',
       'color': text.colour,
       'linewidth': 0.7,
       'alpha': 0.7,
-      'shrinkA': LEADER / 2,
+      'shrinkA': 0,
       'shrinkB': 5,
     },
     zorder=4,

@@ -1,8 +1,8 @@
-"""The front in other measures than reward: diversity, and win rates.
+"""The front in other measures than reward: quantile, diversity, win rates.
 
 Each chart is the front with other fields, in the same colours. Papers compare
-policies so: arXiv 2410.06084 by diversity, arXiv 2412.19792 by what wins under
-the best and the worst of n.
+policies so: arXiv 2407.14622 by log-quantile, arXiv 2410.06084 by diversity,
+arXiv 2412.19792 by what wins under the best and the worst of n.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,10 @@ DIVERSITY: tuple[Chart, ...] = (
   ),
 )
 WINS: tuple[Chart, ...] = (
+  (
+    ('kl', 'log_quantile'),
+    'What best-of-n distillation raises; at best 0.',
+  ),
   (('kl', 'win_rate'), 'One completion against one of the init.'),
   (('kl', 'best_of_4'), 'The best of 4 completions against that of the init.'),
   (
