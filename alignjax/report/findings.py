@@ -19,6 +19,7 @@ from alignjax.report.intervals import (
 )
 from alignjax.report.points import Point, points, sweep
 from alignjax.report.read import Found, Run, Series, interval
+from alignjax.report.tradeoff import tradeoff_lines
 
 # Measures of which more is better, as far as an evaluation has them.
 LED = ('reward', 'win_rate', 'best_of_4', 'worst_of_4', 'diversity')
@@ -29,9 +30,12 @@ def evaluated(evaluation: dict[str, Any]) -> list[str]:
 
   Of a grid over merging methods: against the init, the Pareto front, the best.
   Of arms under several seeds without a LITI front: against the init, the front,
-  who leads in what.
+  who leads in what. Of two objectives: against the init, and the trade-off.
   """
+  traded = tradeoff_lines(evaluation)
   evaluation = arms.pooled(evaluation)
+  if traded:
+    return [*traded, _gain(evaluation)]
   some = grid.merged(evaluation)
   if some:
     front = _pareto(evaluation, some, 'merged models')

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from alignjax.report import ink
+from alignjax.report import arms, ink
 from alignjax.report.read import interval
 
 WIDTH, HEIGHT = 1000, 520
@@ -74,14 +74,42 @@ def steerability(points: Sequence[tuple[float, tuple, tuple]]) -> float:
   return sum(said) / len(said) if said else 0.0
 
 
+def tradeoff_lines(evaluation: dict[str, Any]) -> list[str]:
+  """Sentences: who dominates most, and who can be steered; [] for no lines."""
+  found = lines(evaluation)
+  if not found:
+    return []
+  corner, kinds = _corner(found), _kinds(found)
+  areas = {k: [_area(line, corner) for line in of] for k, of in kinds.items()}
+  order = sorted(areas, key=lambda k: -statistics.fmean(areas[k]))
+  best, rest = order[0], order[1:]
+  several = [k for k in rest if min(len(areas[k]), len(areas[best])) > 1]
+  below = [k for k in several if max(areas[k]) < min(areas[best])]
+  said = f'Hypervolume: {", ".join(f"{k} {_spread(areas[k])}" for k in order)}'
+  if below:
+    said += f'; every run of {best} is above every run of {", ".join(below)}'
+  elif several:
+    said += f'; no other policy has all its runs below those of {best}'
+  elif rest:
+    said += '; one run each tells no difference'
+  steered = {
+    k: _spread([steerability(line.points) for line in of])
+    for k, of in kinds.items()
+  }
+  told = ', '.join(f'{k} {x}' for k, x in steered.items())
+  return [
+    f'{said}.',
+    'How often an objective rises with its weight (1 is always, 0.5 is '
+    f'chance): {told}.',
+  ]
+
+
 def tradeoff_html(evaluation: dict[str, Any], salt: str) -> str:
   """The chart and a table of policies; '' where there is nothing to draw."""
   found = lines(evaluation)
   if not found:
     return ''
-  every = [(x[0], y[0]) for of in found.values() for _, x, y in of.points]
-  corner = min(x for x, _ in every), min(y for _, y in every)
-  kinds = _kinds(found)
+  corner, kinds = _corner(found), _kinds(found)
   with ink.style(salt):
     chart = ink.svg(draw(evaluation), 'Two objectives against each other')
   rows = ''.join(
@@ -92,11 +120,11 @@ def tradeoff_html(evaluation: dict[str, Any], salt: str) -> str:
   )
   first, second = map(escape, evaluation['objectives'])
   note = (
-    f'Each line is one policy at several weights; bars are 95% intervals. '
-    f'Hypervolume is the area it dominates above the reference point '
-    f'({corner[0]:.3g}, {corner[1]:.3g}), the worst mean of each objective '
-    'here. Steerability is how often an objective rises with its weight, over '
-    'all pairs of weights; 0.5 is chance. ± is the standard deviation over '
+    'Each line is one policy at several weights, the mean of its runs; bars '
+    'are 95% intervals. Hypervolume is the area it dominates above the '
+    f'reference point ({corner[0]:.3g}, {corner[1]:.3g}), the worst mean of '
+    'each objective here. Steerability is how often an objective rises with '
+    'its weight, over all pairs of weights; 0.5 is chance. ± is the standard deviation over '
     'runs.'
   )
   return (
@@ -110,10 +138,13 @@ def tradeoff_html(evaluation: dict[str, Any], salt: str) -> str:
 
 
 def draw(evaluation: dict[str, Any]) -> Figure:
-  """The figure; must be called and written inside `ink.style`."""
+  """The figure; must be called and written inside `ink.style`.
+
+  Of arms under several seeds, the means.
+  """
   figure = ink.canvas(WIDTH, HEIGHT)
   axes = figure.add_axes((0.066, 0.1, 0.918, 0.8))
-  for kind, of in _kinds(lines(evaluation)).items():
+  for kind, of in _kinds(lines(arms.pooled(evaluation))).items():
     for i, line in enumerate(of):
       xs = [x for _, x, _ in line.points]
       ys = [y for _, _, y in line.points]
@@ -123,6 +154,7 @@ def draw(evaluation: dict[str, Any]) -> Figure:
         xerr=[[x[0] - x[1] for x in xs], [x[2] - x[0] for x in xs]],
         yerr=[[y[0] - y[1] for y in ys], [y[2] - y[0] for y in ys]],
         color=line.look.fill,
+        ecolor=ink.paler(line.look.fill, 2),
         marker=line.look.marker,
         markersize=line.look.size,
         markeredgecolor='white',
@@ -142,6 +174,12 @@ def _kinds(found: dict[str, Line]) -> dict[str, list[Line]]:
   for line in found.values():
     kinds.setdefault(line.kind, []).append(line)
   return kinds
+
+
+def _corner(found: dict[str, Line]) -> tuple[float, float]:
+  """The worst mean of each objective: where areas are measured from."""
+  every = [(x[0], y[0]) for of in found.values() for _, x, y in of.points]
+  return min(x for x, _ in every), min(y for _, y in every)
 
 
 def _area(line: Line, corner: tuple[float, float]) -> float:

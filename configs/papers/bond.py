@@ -10,11 +10,11 @@ the policy replaces, against a fixed n of 8 and 16. Three seeds each.
 Expected: 0.5 has a log-quantile close to that of 1, and 0 lags; a fixed n
 saturates, a smaller one sooner, while the iterative ones go on, n = 4 faster,
 on about the same curve of reward against KL; learned and counted quantiles
-agree. The paper replaces the anchor every 1,000 steps of a T5 on XSum. An
-estimate, not a measurement: an hour and a half on one core with the model of
-the quickstart, as every step draws up to 25 responses a prompt; `:tiny` is the
-same path in minutes, with one seed, and shows no paper's curve. `alignjax
-train` with the same config is one run, iterative with n = 2.
+agree. The paper replaces the anchor every 1,000 steps of a T5 on XSum. What it
+gave is in docs/papers.md; half an hour on one core with the model of the
+quickstart, as every step draws up to 25 responses a prompt. `:tiny` is the same
+path in minutes, with one seed, and shows no paper's curve. `alignjax train`
+with the same config is one run, iterative with n = 2.
 """
 
 from ml_collections import ConfigDict

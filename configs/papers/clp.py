@@ -8,8 +8,9 @@ with all weights, attention only and the last layer only copied; one run per
 reward, merged linearly (soups); one run that reads the weights in its prompt.
 All are evaluated at the same weights, and the report draws objective 1 against
 objective 2 with hypervolumes: CLP should enclose the soups. The soups get as
-many steps per run as CLP in all, so twice the compute. `:tiny` is the same path
-with a few steps, to see that it works.
+many steps per run as CLP in all, so twice the compute. What it gave is in
+docs/papers.md; half an hour on one core with the model of the quickstart.
+`:tiny` is the same path with a few steps, to see that it works.
 """
 
 from ml_collections import ConfigDict

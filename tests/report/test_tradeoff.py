@@ -60,3 +60,32 @@ def test_page_part():
   assert '<td>CLP</td><td>1</td><td>0.64</td><td>1</td>' in page
   assert '<td>soup</td><td>1</td><td>0.04</td>' in page
   assert tradeoff.tradeoff_html({'models': [], 'objectives': []}, 'salt') == ''
+
+
+def runs(policy, shifts):
+  """The policy of STEERED under several seeds, each a bit better or worse."""
+  models = []
+  for i, shift in enumerate(shifts):
+    names = ((f'{policy}_{i}', w, x + shift, y) for _, w, x, y in STEERED)
+    models += [m | {'kind': policy} for m in evaluation(names)['models'][1:]]
+  return models
+
+
+def test_findings_rest_on_the_runs_of_a_policy():
+  data = evaluation([])
+  data['models'] += runs('CLP', (0.2, 0.3)) + runs('soup', (0.0, 0.1))
+  areas, steered = tradeoff.tradeoff_lines(data)
+  assert areas == (
+    'Hypervolume: CLP 0.89 ± 0.071, soup 0.69 ± 0.071; every run of CLP is '
+    'above every run of soup.'
+  )
+  assert steered.endswith('CLP 1 ± 0, soup 1 ± 0.')
+  data['models'] += runs('told', (0.1, 0.4))
+  areas, _ = tradeoff.tradeoff_lines(data)
+  assert areas.endswith('every run of CLP is above every run of soup.')
+  data['models'] = evaluation([])['models'] + runs('CLP', (0.2, 0.3))
+  data['models'] += runs('soup', (0.25, 0.1))
+  assert 'no other policy has all' in tradeoff.tradeoff_lines(data)[0]
+  one = tradeoff.tradeoff_lines(evaluation(STEERED + SOUP))
+  assert one[0].endswith('one run each tells no difference.')
+  assert tradeoff.tradeoff_lines({'models': [], 'objectives': []}) == []
