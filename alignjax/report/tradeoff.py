@@ -124,8 +124,8 @@ def tradeoff_html(evaluation: dict[str, Any], salt: str) -> str:
     'are 95% intervals. Hypervolume is the area it dominates above the '
     f'reference point ({corner[0]:.3g}, {corner[1]:.3g}), the worst mean of '
     'each objective here. Steerability is how often an objective rises with '
-    'its weight, over all pairs of weights; 0.5 is chance. ± is the standard deviation over '
-    'runs.'
+    'its weight, over all pairs of weights; 0.5 is chance. ± is the standard '
+    'deviation over runs.'
   )
   return (
     f'<figure class="card wide"><div class="scroll">'
