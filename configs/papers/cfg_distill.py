@@ -8,8 +8,9 @@ between the two -> evaluate -> report. Everything is measured against the start
 under guidance, which is the teacher: KL to it is what distillation lowers, and
 diversity is what guidance costs and the reward gives back. The paper's figure
 is the line of LERP in those two. guidance_scale and diversity_coef are the
-paper's; its models write music, these code. `:tiny` is the same path in some
-minutes.
+paper's; its models write music, these code. What it gave is in docs/papers.md;
+ten minutes on one core with the model of the quickstart. `:tiny` is the same
+path with a few steps.
 """
 
 from ml_collections import ConfigDict
