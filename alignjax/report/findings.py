@@ -30,7 +30,7 @@ def evaluated(evaluation: dict[str, Any]) -> list[str]:
 
   Of a grid over merging methods: against the init, the Pareto front, the best.
   Of arms under several seeds without a LITI front: against the init, the front,
-  who leads in what. Of two objectives: against the init, and the trade-off.
+  who leads in what. Of two objectives: the trade-off, and against the init.
   """
   traded = tradeoff_lines(evaluation)
   evaluation = arms.pooled(evaluation)

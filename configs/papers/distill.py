@@ -8,8 +8,9 @@ distribution, and on 256 ids that it draws a position: same init, rows, order
 and number of steps. The report draws perplexity on held-out text against size.
 Expected (arXiv 2408.00118, tables 7 and 8): distilled students below those from
 scratch, by about as much at every size. The teacher must not have seen the
-held-out share: take the model of the quickstart, whose source this is. About a
-quarter of an hour on two cores; `:tiny` is the same path in two minutes.
+held-out share: take the model of the quickstart, whose source this is. What it
+gave is in docs/papers.md; half an hour on one core. `:tiny` is the same path in
+two minutes.
 
 One run, from a model, is `alignjax train` with the same config and
 --config.start.policy=MODEL; the teacher may be of another size, family and file
