@@ -18,11 +18,17 @@ from alignjax.cloud.jobs import Job
 from alignjax.core.lookup import defaults
 from configs import base
 
-# Name: transform, scale. Normalised, so that one grid of kl_coef serves all.
-TRANSFORMS = {
+TRANSFORMS = {  # name: transform, scale
   'identity': ('identity', 0.0),
   'exp': ('exp', 10.0),
   'negative_exp': ('exp', -10.0),
+}
+# Strengths with which all reach about the same KL. The negative scale tells bad
+# completions from one another, and of those there are soon few.
+KL_COEFS = {
+  'identity': (0.05, 0.1, 0.2),
+  'exp': (0.05, 0.1, 0.2),
+  'negative_exp': (0.01, 0.02, 0.05),
 }
 
 VARIANTS = ('', 'tiny')
@@ -40,7 +46,7 @@ def get_config(variant: str = '') -> ConfigDict:
     c,
     tiny=tiny,
     responses=4 if tiny else 32,  # for calibration, of each prompt
-    kl_coefs=(0.1,) if tiny else (0.05, 0.2),
+    kl_coefs={k: v[:1] if tiny else v for k, v in KL_COEFS.items()},
     seeds=1 if tiny else 3,
   )
 
@@ -67,7 +73,7 @@ def jobs(c: ConfigDict):
   }
   arms = []
   for name, (word, scale) in TRANSFORMS.items():
-    for kl_coef in c.graph.kl_coefs:
+    for kl_coef in c.graph.kl_coefs[name]:
       recipe = {'transform': word, 'transform_scale': scale, 'kl_coef': kl_coef}
       changes = {
         'recipe': numbers['recipe'] | recipe,

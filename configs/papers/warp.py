@@ -25,10 +25,10 @@ with diminishing returns, and with M. kl_coef, ema_rate, temperature and
 liti_rate are the paper's, and so is the ratio of the rounds' steps (9,000,
 7,000 and 5,000 for Gemma 7B, with lr 1e-6 and batches of 128); learning rate
 and batch are those of a small model. The paper merges two runs a round, and up
-to five where it varies M. An estimate, not a measurement: an hour on one core
-with the model of the quickstart; `:tiny` is the same path in minutes, with one
-seed, and shows no paper's curve. `alignjax train` with the same config is one
-run of it.
+to five where it varies M. What it gave is in docs/papers.md; forty minutes on
+one core with the model of the quickstart. `:tiny` is the same path in minutes,
+with one seed, and shows no paper's curve. `alignjax train` with the same config
+is one run of it.
 """
 
 from collections.abc import Sequence
