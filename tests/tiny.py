@@ -94,3 +94,13 @@ def bundle(model, *roles, seed=0):
     role: jax.jit(model.init)(jax.random.key(seed + i))
     for i, role in enumerate(roles)
   }
+
+
+def check_logits(found, expected) -> None:
+  """Equal but for float32 rounding: within 2e-5 of the largest logit.
+
+  It grows with the logits, and depends on the processor: a fused multiply-add
+  halves it.
+  """
+  atol = 2e-5 * float(np.abs(expected).max())
+  np.testing.assert_allclose(found, expected, rtol=0, atol=atol)

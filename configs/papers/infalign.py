@@ -7,9 +7,9 @@ COMMAND: alignjax run --config=configs/papers/infalign.py
 calibrate -> for each transform a few KL strengths and seeds -> evaluate ->
 report. The paper's figure is the win rate of the best (worst) of 4 against KL:
 a positive scale of exp should lead under best-of-4, a negative one under
-worst-of-4, identity in the plain win rate, each at equal KL. An hour and a
-quarter on one core with the model of the quickstart, and docs/papers.md tells
-what it gave; `:tiny` is the same path in two minutes.
+worst-of-4, identity in the plain win rate, each at equal KL. Half an
+hour on one core with the model of the quickstart, and docs/papers.md tells what
+it gave; `:tiny` is the same path in two minutes.
 """
 
 from ml_collections import ConfigDict

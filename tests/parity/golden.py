@@ -21,6 +21,7 @@ from alignjax.core import naming, tree
 from alignjax.models import decoder
 from alignjax.policies import lm
 from alignjax.policies.sample import sample
+from tests import tiny
 from tests.golden import weights
 
 FOLDER = Path(weights.__file__).parent
@@ -85,16 +86,9 @@ def loss_and_gradient(config, params, tokens):
   return jax.value_and_grad(loss)(params)
 
 
-def check_logits(found, expected) -> None:
-  # 2e-5 of the largest logit: float32 rounds in proportion to it, and by how
-  # much depends on the processor (fused multiply-add halves the gap).
-  atol = 2e-5 * float(np.abs(expected).max())
-  np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
-
-
 def check_plain(model: LoadedModel, golden: Golden) -> None:
   logits = aj.apply(model, golden.data['plain/tokens'])
-  check_logits(logits, golden.data['plain/logits'])
+  tiny.check_logits(logits, golden.data['plain/logits'])
 
 
 def check_packed(model: LoadedModel, golden: Golden) -> None:
@@ -105,7 +99,7 @@ def check_packed(model: LoadedModel, golden: Golden) -> None:
     positions=data['packed/position'],
     segment_ids=data['packed/segment'],
   )
-  check_logits(logits, data['packed/logits'])
+  tiny.check_logits(logits, data['packed/logits'])
 
 
 def check_padded(model: LoadedModel, golden: Golden) -> None:
@@ -113,7 +107,7 @@ def check_padded(model: LoadedModel, golden: Golden) -> None:
   position = data['padded/position']
   logits = aj.apply(model, data['padded/tokens'], positions=position)
   real = np.asarray(logits)[position >= 0]
-  check_logits(real, data['padded/logits'])
+  tiny.check_logits(real, data['padded/logits'])
 
 
 def check_gradient(
