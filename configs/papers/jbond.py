@@ -13,7 +13,7 @@ Expected: J-BOND above REINFORCE at equal KL, whose KL grows steadily with its
 steps; 0.05 faster than 0.02; a larger pull slower in KL and better in reward at
 equal KL; a replaced anchor with the same reward and more KL. Rates, pulls and
 grid are the paper's; learning rate and batch are those of a small model
-(paper: 3e-6 and 128 for Gemma 7B). An hour and a quarter on one core with the
+(paper: 3e-6 and 128 for Gemma 7B). Twenty minutes on one core with the
 model of the quickstart, and docs/papers.md tells what it gave; `:tiny` is the
 same path in minutes, with one seed, and shows no paper's curve. `alignjax
 train` with the same config is one run of J-BOND.
