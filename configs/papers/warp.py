@@ -148,15 +148,20 @@ def subsets(c: ConfigDict, runs: Sequence[str], slerp: Any, seed: int) -> list:
   ]
   lerp = base.merged('linear', init, trained)
   models.append(base.model(f'LERP ({seed})', 'lerp', lerp, series='LERP'))
-  models += path(c, trained[0], 'M = 1', seed)
+  models += path(c, trained[0], 'M = 1', seed, alone=True)
   for count in range(2, len(runs)):
     some = base.merged('slerp', init, trained[:count])
     models += path(c, some, f'M = {count}', seed)
   return models + path(c, slerp, f'M = {len(runs)}', seed)
 
 
-def path(c: ConfigDict, end: Any, series: str, seed: int) -> list:
-  """A front from the first init, the SFT model, and its end, as models."""
+def path(
+  c: ConfigDict, end: Any, series: str, seed: int, *, alone: bool = False
+) -> list:
+  """A front from the first init, the SFT model, and its end, as models.
+
+  alone: the end is a run, of which nothing is merged.
+  """
   models = [
     base.model(
       f'{series}, {rate:g} ({seed})',
@@ -168,8 +173,5 @@ def path(c: ConfigDict, end: Any, series: str, seed: int) -> list:
     for rate in c.graph.rates
   ]
   name = f'{series}, 1 ({seed})'
-  if series == 'M = 1':  # a run, of which nothing is merged
-    more = {'kind': 'liti', 'liti_rate': 1.0}
-  else:
-    more = {'kind': 'slerp'}
-  return [*models, base.model(name, path=end, series=series, **more)]
+  kind = {'kind': 'liti', 'liti_rate': 1.0} if alone else {'kind': 'slerp'}
+  return [*models, base.model(name, path=end, series=series, **kind)]
