@@ -39,13 +39,14 @@ def picture(
 
 
 def _figure(found: Found, fields: tuple[str, str] | None) -> Figure:
-  for evaluation in found.evaluations.values():
+  evaluation = next(iter(found.evaluations.values()), None)
+  document = next(iter(found.perplexities.values()), None)
+  if evaluation is not None:
     if fields is None and tradeoff.lines(evaluation):
       return tradeoff.draw(evaluation)
     return _front(evaluation, fields or FRONT)
-  for document in found.perplexities.values():
-    if fields is None:
-      return perplexity.draw(document)
+  if document is not None and fields is None:
+    return perplexity.draw(document)
   kinds = 'evaluation.json' if fields else 'evaluation.json or perplexity.json'
   raise UserError(f'a picture draws an {kinds}, found none')
 

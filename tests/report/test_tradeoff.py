@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignjax.report import tradeoff
+from alignjax.report import ink, tradeoff
 
 
 def evaluation(points):
@@ -89,3 +89,13 @@ def test_findings_rest_on_the_runs_of_a_policy():
   one = tradeoff.tradeoff_lines(evaluation(STEERED + SOUP))
   assert one[0].endswith('one run each tells no difference.')
   assert tradeoff.tradeoff_lines({'models': [], 'objectives': []}) == []
+
+
+def test_seeds_are_drawn_as_their_mean():
+  data = evaluation([])
+  data['models'] += runs('CLP', (0.2, 0.3)) + runs('soup', (0.0, 0.1))
+  with ink.style('test'):
+    (axes,) = tradeoff.draw(data).axes
+  drawn = {line.get_label(): line for line in axes.containers}
+  assert list(drawn) == ['CLP', 'soup']
+  assert list(drawn['CLP'][0].get_xdata()) == pytest.approx([0.25, 1.05, 1.25])
